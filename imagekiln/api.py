@@ -1,0 +1,337 @@
+"""The library in six functions: prepare, train, generate, evaluate, compare, export.
+
+>>> import imagekiln
+>>> run = imagekiln.train("vae", data="builtin:digits", out=tmp / "run", settings={"train": {"total_kimg": 0.2}})
+>>> imagekiln.generate(run, n=4, out=tmp / "pictures", label="3").pictures[0].name
+'000000.png'
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from imagekiln import data as datasets
+from imagekiln.config import DataConfig, Recipe, read_toml, write_toml
+from imagekiln.core import mix
+from imagekiln.engine import device, evaluate as evaluation, generate as generation, pictures, plan
+from imagekiln.engine import recipe as recipes
+from imagekiln.engine.run import Run, disk_faults
+from imagekiln.engine.tracker import Several, Silent, TensorBoard
+from imagekiln.engine.trainer import Trainer
+from imagekiln.errors import RecipeError, UsageError
+
+Report = Callable[[int, int], None]
+"""Told (done, total) now and then during long work."""
+
+FREE_TO_CHANGE = {"total_kimg", "checkpoint_kimg", "preview_kimg", "validate_kimg", "keep", "patience", "device",
+                  "tensorboard", "compile"}
+"""Settings of `train` that may differ when a run is continued."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What `generate` wrote."""
+
+    pictures: list[Path]
+    grid: Path
+    weights: Path
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What `train` would do."""
+
+    recipe: Recipe
+    summary: str
+    parameters: dict[str, int]
+    device: str
+    precision: str
+    notices: list[str] = field(default_factory=list)
+
+
+def prepare(source: str | Path, out: str | Path, progress: Report | None = None, **settings: Any) -> datasets.Dataset:
+    """Read, clean and pack pictures into a folder that trains without decoding again.
+
+    source: a folder in the imagefolder convention, a zip of one, or `builtin:digits|fashion-mnist|cifar10`.
+    settings: fields of `imagekiln.config.DataConfig`, for example `size=64`.
+
+    Raises:
+        DataError: no usable picture. UsageError: no such source.
+    """
+    return datasets.load(DataConfig(path=str(source), **settings), cache=Path(out), progress=progress)
+
+
+def train(
+    recipe: str | Recipe,
+    data: str | Path,
+    out: str | Path,
+    *,
+    minutes: float | None = None,
+    settings: Mapping[str, Any] | None = None,
+    assignments: Sequence[str] = (),
+    listener: Any = None,
+    progress: Report | None = None,
+) -> Run:
+    """Train a model; the same call continues a run that was interrupted.
+
+    recipe: a recipe's name, a `.toml` file, a family's name or file, or a complete `Recipe`.
+    minutes: fixes the length of the run from the speed measured at its start.
+    settings, assignments: values laid over the recipe, as a nested mapping or as `"train.batch=32"`.
+    listener: told about ticks and events, see `imagekiln.engine.tracker`.
+
+    Raises:
+        RecipeError, UsageError: exit code 2. DataError: 3. OutOfMemory: 4. DiskError: 5. Diverged: 6.
+        Interrupted: 75, everything saved.
+    """
+    listener = listener or Silent()
+    wanted = recipe if isinstance(recipe, Recipe) else _resolve(recipe, data, settings, assignments)
+    run = Run(Path(out))
+    with run.lock():
+        dataset = _load_data(wanted, listener, progress)
+        if run.exists():
+            wanted = _continued(run, wanted, dataset, minutes)
+        else:
+            if minutes is not None:
+                wanted, rate = plan.within(wanted, dataset, minutes)
+                listener.say(f"{rate.img_per_sec:.0f} images/s: {wanted.train.total_kimg:g} kimg in {minutes:g} minutes.")
+            run = Run.create(run.path, write_toml(wanted), _meta(wanted, dataset))
+            _draw_real(run, wanted, dataset)
+        listeners = [listener] + ([TensorBoard(run)] if wanted.train.tensorboard else [])
+        trainer = Trainer(
+            wanted, plan.build_family(wanted, dataset), dataset.train, dataset.validation, run, Several(listeners)
+        )
+        try:
+            trainer.fit()
+        finally:
+            Several(listeners).close()
+    return run
+
+
+def dry_run(
+    recipe: str,
+    data: str | Path,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    assignments: Sequence[str] = (),
+    progress: Report | None = None,
+) -> Planned:
+    """Everything `train` checks before its first step, without writing anything."""
+    wanted = _resolve(recipe, data, settings, assignments)
+    where = device.choose(wanted.train.device)
+    dataset = datasets.load(wanted.data, progress=progress)
+    family = plan.build_family(wanted, dataset)
+    precision = "bf16" if device.autocast_dtype(wanted.train.precision, where) else "fp32"
+    counts = recipes.parameter_counts(family)
+    return Planned(wanted, dataset.summary(), counts, device.describe(where), precision, list(dataset.notices))
+
+
+def generate(
+    run: Run | str | Path,
+    n: int = 16,
+    out: str | Path = "pictures",
+    *,
+    label: str | None = None,
+    seed: int = 0,
+    batch: int = 64,
+    nimg: int | None = None,
+    average: str | None = None,
+    device_name: str = "auto",
+    progress: Report | None = None,
+    **options: Any,
+) -> Drawn:
+    """Draw `n` pictures into `out`: `000000.png` ... at the model's own size, and `grid.png`.
+
+    Picture i depends on (weights, seed, i, label) alone, not on `n` or `batch`. Without a label the classes take turns.
+    options: what the family offers, for example `steps=25, guidance=1.5` for diffusion.
+
+    Raises:
+        UsageError: no such run, label or option. DiskError: `out` cannot be written.
+    """
+    if not 1 <= n <= generation.MAX_IMAGES:
+        raise UsageError(f"-n {n}: expected a number of pictures from 1 to {generation.MAX_IMAGES}.")
+    run = run if isinstance(run, Run) else Run.open(run)
+    model = generation.open_model(run, nimg, average, device_name)
+    if not model.family.draws:
+        raise UsageError(f"{run.path} holds a {model.family.config.name}, which judges pictures and draws none.")
+    chosen = generation.options_for(model.family, options)
+    classes = max(1, model.family.num_classes)
+    labels = [model.label(label)] * n if label is not None else [index % classes for index in range(n)]
+    seeds = [mix(seed, "generate", index) for index in range(n)]
+    folder = Path(out)
+    with disk_faults(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    paths: list[Path] = []
+    first: list[torch.Tensor] = []
+    with model.precision():
+        for images in generation.stream(model.family, seeds, labels, chosen, batch):
+            for image in images:
+                paths.append(folder / f"{len(paths):06d}.png")
+                pictures.write(pictures.to_picture(image), paths[-1])
+            if len(first) * batch < 100:
+                first.append(images)
+            if progress is not None:
+                progress(len(paths), n)
+    shown = torch.cat(first)[:100]
+    columns = pictures.columns_for(len(shown), model.family.num_classes if label is None else 0)
+    pictures.write(pictures.grid(shown, columns), folder / "grid.png")
+    return Drawn(paths, folder / "grid.png", model.weights)
+
+
+def evaluate(
+    subject: Run | str | Path,
+    data: str | Path | None = None,
+    *,
+    n: int | None = None,
+    features: str | None = None,
+    seed: int | None = None,
+    progress: Callable[[str], None] | None = None,
+    **options: Any,
+) -> list[Any]:
+    """Measure a run, or a folder of pictures from anywhere, against held-out real pictures.
+
+    Returns `imagekiln.metrics.Measurement`s, each with interval, real-versus-real floor and provenance; a run keeps
+    them in its folder.
+
+    Raises:
+        UsageError: a folder was given without `data`. DataError: too few pictures.
+    """
+    return evaluation.evaluate(subject, data, n=n, features=features, seed=seed, say=progress, options=options)
+
+
+def compare(runs: Iterable[Run | str | Path]) -> list[dict[str, Any]]:
+    """One row a run: its recipe, speed, and newest measurements; see `engine.evaluate.comparison`."""
+    return evaluation.comparison([run if isinstance(run, Run) else Run.open(run) for run in runs])
+
+
+def export(run: Run | str | Path, to: str, out: str | Path) -> dict[str, Any]:
+    """Write a run in another format, load it back, and return the receipt with the numeric difference.
+
+    to: the name of a module in `imagekiln.export`: `diffusers` or `safetensors`.
+
+    Raises:
+        UsageError: no such format, or the model does not fit it.
+    """
+    from imagekiln import export as exporters
+
+    return exporters.write(run if isinstance(run, Run) else Run.open(run), to, Path(out))
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _resolve(
+    recipe: str, data: str | Path, settings: Mapping[str, Any] | None, assignments: Sequence[str]
+) -> Recipe:
+    wanted = recipes.resolve(recipe, settings, [*assignments, f"data.path={_absolute(str(data))}"] if data else assignments)
+    device.choose(wanted.train.device)  # a missing GPU is said before pictures are read
+    return wanted
+
+
+def _absolute(data: str) -> str:
+    return data if ":" in data and not Path(data).exists() else str(Path(data).expanduser().absolute())
+
+
+def _load_data(recipe: Recipe, listener: Any, progress: Report | None) -> datasets.Dataset:
+    if not recipe.data.path:
+        raise UsageError("No pictures were named. Give a folder, a zip or builtin:digits with --data.")
+    dataset = datasets.load(recipe.data, progress=progress)
+    listener.say(dataset.summary())
+    for notice in dataset.notices:
+        listener.say(notice)
+    return dataset
+
+
+def _continued(run: Run, wanted: Recipe, dataset: datasets.Dataset, minutes: float | None) -> Recipe:
+    """The recipe to continue with: the run's own, with the few settings that may change.
+
+    Raises:
+        UsageError: the pictures or any other setting differ from what the run was made with.
+    """
+    stored = recipes.complete(read_toml(run.recipe_path))
+    trained_on = run.meta().get("data_fingerprint")
+    if trained_on != dataset.fingerprint:
+        raise UsageError(
+            f"The pictures differ from those {run.path} was trained on ({trained_on} -> {dataset.fingerprint}). "
+            "Give the same --data, or another --out for a new run."
+        )
+    if minutes is not None:
+        wanted = wanted.model_copy(
+            update={"train": wanted.train.model_copy(update={"total_kimg": stored.train.total_kimg})}
+        )
+    old, new = stored.model_dump(mode="json"), wanted.model_dump(mode="json")
+    for section in (old, new):
+        section["data"].pop("path")
+        section.pop("eval")
+        for key in FREE_TO_CHANGE:
+            section["train"].pop(key)
+    for key, before, after in _differences(old, new):
+        raise UsageError(
+            f"{run.path} was started with {key} = {before!r}, not {after!r}. "
+            "Give the same settings to continue it, or another --out for a new run."
+        )
+    run.write_recipe(write_toml(wanted))
+    return wanted
+
+
+def _differences(old: Any, new: Any, key: str = "") -> Iterable[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted({*old, *new}):
+            yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    elif old != new:
+        yield key, old, new
+
+
+def _meta(recipe: Recipe, dataset: datasets.Dataset) -> dict[str, Any]:
+    return {
+        "version": metadata.version("imagekiln"),
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": device.describe(device.choose(recipe.train.device)),
+        "command": " ".join(["imagekiln", *sys.argv[1:]]) if sys.argv[0].endswith("imagekiln") else "python",
+        "data_fingerprint": dataset.fingerprint,
+        "data_summary": dataset.summary(),
+        "average": recipe.train.averages[0].name if recipe.train.averages else None,
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the package when it runs from a checkout."""
+    folder = Path(__file__).resolve().parent
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _draw_real(run: Run, recipe: Recipe, dataset: datasets.Dataset) -> None:
+    """A sheet of training pictures in the layout of the previews, to compare them with."""
+    source = dataset.train
+    labels = generation.labels_for(40, source.num_classes)
+    everything = source.read(range(min(len(source), 4000)))
+    if source.num_classes and everything.labels is not None:
+        known = everything.labels.tolist()
+        rows, used = [], set[int]()
+        for label in labels:
+            match = next((i for i, value in enumerate(known) if value == label and i not in used), None)
+            rows.append(match if match is not None else 0)
+            used.add(rows[-1])
+    else:
+        rows = list(range(min(len(labels), len(source))))
+    columns = pictures.columns_for(len(rows), source.num_classes)
+    pictures.write(pictures.grid(everything.images[rows], columns), run.picture_path("real"))
+
+
+__all__ = ["Drawn", "Planned", "RecipeError", "compare", "dry_run", "evaluate", "export", "generate", "prepare", "train"]

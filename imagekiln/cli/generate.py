@@ -1,0 +1,37 @@
+"""`imagekiln generate`: draw pictures with a trained run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from imagekiln.cli.output import DebugOption, DeviceOption, JsonOption, answer, progress
+
+
+def generate(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    n: Annotated[int, typer.Option("-n", "--number", min=1, help="Number of pictures.")] = 16,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("pictures"),
+    label: Annotated[str | None, typer.Option("--label", help="Class by name or number.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Other seed, other pictures.")] = 0,
+    steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps (diffusion).")] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", help="1 = none (diffusion with labels).")] = None,
+    sampler: Annotated[str | None, typer.Option("--sampler", help="dpmpp_2m, heun, euler or ddim.")] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures at a time.")] = 64,
+    nimg: Annotated[int | None, typer.Option("--nimg", help="Weights after that many images.")] = None,
+    average: Annotated[str | None, typer.Option("--average", help="Moving average to draw with.")] = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Draw pictures: OUT/000000.png ... at the model's own size, and OUT/grid.png."""
+    from imagekiln import api
+
+    drawn = api.generate(
+        run, n, out, label=label, seed=seed, batch=batch, nimg=nimg, average=average, device_name=device,
+        progress=progress("Drawing"), steps=steps, guidance=guidance, sampler=sampler,
+    )
+    text = f"Drew {len(drawn.pictures)} pictures with {drawn.weights.name}: {drawn.grid}"
+    answer(text, {"pictures": drawn.pictures, "grid": drawn.grid, "weights": drawn.weights}, as_json)

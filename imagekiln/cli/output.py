@@ -1,0 +1,42 @@
+"""What a verb says: a short answer for people, or one JSON object; sentences and progress go to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+UNKNOWN_ERROR_EXIT = 1
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps or auto.")]
+
+
+def debug_wanted() -> bool:
+    """Whether the command line asked for tracebacks."""
+    return "--debug" in sys.argv
+
+
+def say(sentence: str) -> None:
+    """A sentence to the person, beside the answer."""
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def answer(text: str, facts: Any, as_json: bool) -> None:
+    """The verb's result."""
+    print(json.dumps(facts, default=str) if as_json else text, flush=True)
+
+
+def progress(what: str) -> Callable[[int, int], None]:
+    """A counter that overwrites its line at a terminal and is silent elsewhere."""
+
+    def report(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            end = "\n" if done >= total else ""
+            print(f"\r{what} {done}/{total}", end=end, file=sys.stderr, flush=True)
+
+    return report

@@ -1,0 +1,61 @@
+"""`imagekiln train`: train a model, or continue one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from imagekiln.cli.output import DebugOption, JsonOption, answer, progress, say
+from imagekiln.errors import UsageError
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="Recipe, family, or path of a .toml or .py file.")] = "diffusion",
+    data: Annotated[str, typer.Option("--data", help="Folder, zip, or builtin:digits|fashion-mnist|cifar10.")] = "",
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder [default: runs/DATA-RECIPE].")] = None,
+    minutes: Annotated[float | None, typer.Option("--minutes", min=0.05, help="Length of the run.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="A setting, such as train.batch=32.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Same as --set train.seed=N.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Same as --set train.device=NAME.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and leave.")] = False,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html at the end.")] = True,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Train a model; the same command continues a run that was interrupted."""
+    if not data:
+        raise UsageError("No pictures were named. Give a folder, a zip or builtin:digits with --data.")
+    assignments = list(settings or [])
+    assignments += [f"train.seed={seed}"] if seed is not None else []
+    assignments += [f"train.device='{device}'"] if device is not None else []
+    from imagekiln import api
+    from imagekiln.engine.tracker import Console
+
+    if dry_run:
+        planned = api.dry_run(recipe, data, assignments=assignments, progress=progress("Reading pictures"))
+        counts = ", ".join(f"{name} {count:,}" for name, count in planned.parameters.items())
+        lines = [planned.summary, *planned.notices, f"Parameters: {counts}",
+                 f"Device: {planned.device}, {planned.precision}", "Nothing was written."]
+        facts = {"recipe": planned.recipe.model_dump(mode="json"), "parameters": planned.parameters,
+                 "device": planned.device, "precision": planned.precision, "notices": planned.notices}
+        answer("\n".join(lines), facts, as_json)
+        return
+    folder = out or Path("runs") / f"{_short(data)}-{_short(recipe)}"
+    run = api.train(
+        recipe, data, folder, minutes=minutes, assignments=assignments, listener=Console(),
+        progress=progress("Reading pictures"),
+    )
+    if report:
+        from imagekiln.report import write
+
+        say(f"Report: {write(run)}")
+    text = (f"Trained: {run.path}\nPictures: {run.samples()[-1][1] if run.samples() else 'none'}\n"
+            f"Next: imagekiln generate {run.path} -n 16 --out pictures")
+    answer(text, {"run": str(run.path), **run.status()}, as_json)
+
+
+def _short(name: str) -> str:
+    """A folder name from a path, a recipe or `builtin:digits`."""
+    return Path(name.rsplit(":", 1)[-1].rstrip("/")).stem or "data"

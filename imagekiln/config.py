@@ -1,0 +1,206 @@
+"""Recipes: pydantic models with defaults, bounds and units; TOML on disk; `a.b=value` on the command line.
+
+An unknown key is an error that names the nearest known one. A recipe is frozen: what a run was made with is what its
+`recipe.toml` says. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomlkit
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
+
+from imagekiln.errors import RecipeError, did_you_mean
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+class DataConfig(Section):
+    """What the model learns from."""
+
+    path: str = Field("", description="folder, zip, prepared set, or builtin:NAME")
+    size: int = Field(0, ge=0, le=1024, description="height and width in pixels; 0 keeps the set's own size")
+    channels: Literal[0, 1, 3, 4] = Field(0, description="1 grey, 3 RGB, 4 RGBA; 0 looks at the pictures")
+    fit: Literal["crop", "pad"] = Field("crop", description="how a picture that is not square becomes square")
+    background: str = Field("white", description="colour behind transparent pixels and padding")
+    validation_fraction: Fraction = Field(0.1, description="share held out, by hash of the pixels")
+    flip: bool = Field(False, description="mirror half of the training pictures left to right")
+
+
+class FamilyConfig(Section):
+    """The `family` section: every family subclasses it with at most about 12 fields of its own."""
+
+    name: str = Field(..., description="file name of the family, dotted module, or path of a .py file")
+
+
+class OptimizerConfig(Section):
+    """One optimizer; the section's key names the modules it trains."""
+
+    name: Literal["adamw", "adam", "sgd", "rmsprop"] = "adamw"
+    lr: float = Field(1e-3, gt=0, le=10, description="peak learning rate per step")
+    betas: tuple[float, float] = Field((0.9, 0.99), description="decay of the moments (adam, adamw)")
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    momentum: float = Field(0.0, ge=0, lt=1, description="sgd and rmsprop")
+    alpha: float = Field(0.99, gt=0, lt=1, description="decay of the squared gradients (rmsprop)")
+
+
+class AverageConfig(Section):
+    """One moving average of the weights; several may run at once."""
+
+    kind: Literal["power", "exponential"] = "power"
+    sigma_rel: float = Field(0.10, gt=0, lt=0.28, description="width relative to the run so far (power)")
+    halflife_kimg: float = Field(20.0, gt=0, description="half-life (exponential)")
+
+    @property
+    def name(self) -> str:
+        """Short name used in file names: `power-0.100`, `exponential-20`."""
+        return f"power-{self.sigma_rel:.3f}" if self.kind == "power" else f"exponential-{self.halflife_kimg:g}"
+
+
+class TrainConfig(Section):
+    """How long, how fast, how safe."""
+
+    seed: int = Field(0, ge=0, lt=2**31)
+    total_kimg: float = Field(200.0, gt=0, description="length of the run in thousands of images seen")
+    batch: int = Field(64, ge=1, description="pictures a step")
+    accumulate: int = Field(1, ge=1, description="parts a step's batch is computed in, to save memory")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="bf16 where the device computes it")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, mps, or auto")
+    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto = on CUDA only")
+    clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 = no clipping")
+    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="decay of lr after warm-up")
+    warmup_fraction: Fraction = Field(0.02, description="share of the run in which lr rises to its peak")
+    averages: tuple[AverageConfig, ...] = Field((AverageConfig(),), description="first one is used to draw")
+    checkpoint_kimg: float = Field(0.0, ge=0, description="0 = an eighth of the run")
+    preview_kimg: float = Field(0.0, ge=0, description="0 = a sixteenth of the run")
+    validate_kimg: float = Field(0.0, ge=0, description="0 = a sixteenth of the run")
+    keep: int = Field(2, ge=2, description="checkpoints kept besides the best")
+    patience: int = Field(0, ge=0, description="stop after this many validations without gain; 0 = never")
+    tensorboard: bool = Field(False, description="also write TensorBoard events")
+
+    @property
+    def total_nimg(self) -> int:
+        """Length of the run in images."""
+        return max(1, round(self.total_kimg * 1000))
+
+    def interval_nimg(self, which: Literal["checkpoint", "preview", "validate"]) -> int:
+        """Images between two events of a kind."""
+        share = {"checkpoint": 8, "preview": 16, "validate": 16}[which]
+        kimg = getattr(self, f"{which}_kimg") or self.total_kimg / share
+        return max(1, round(kimg * 1000))
+
+
+class EvalConfig(Section):
+    """What is measured when the run is done."""
+
+    n: int = Field(1000, ge=2, description="generated and reference pictures, where the set has as many")
+    seed: int = Field(0, ge=0, lt=2**31)
+    features: Literal["auto", "classifier", "randconv"] = Field("auto", description="auto = classifier with labels")
+
+
+class Recipe(Section):
+    """Everything a run is made with."""
+
+    schema_version: Literal[1] = 1
+    data: DataConfig = DataConfig()
+    family: SerializeAsAny[FamilyConfig]
+    optim: dict[str, OptimizerConfig] = {}
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+
+def parse(model: type[Section], values: Mapping[str, Any], where: str) -> Any:
+    """Validate plain values into a section; `RecipeError` says key, value, expectation and the nearest known key."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(_sentence(error, model, where)) from None
+
+
+def _sentence(error: ValidationError, model: type[BaseModel], where: str) -> str:
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    key = ".".join([where, *path] if where else path)
+    more = f" ({error.error_count() - 1} more after this one.)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"{key}: no such setting. {did_you_mean(path[-1], _fields(model, path[:-1]))}{more}"
+    if first["type"] == "missing":
+        return f"{key}: this setting is missing.{more}"
+    return f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}.{more}"
+
+
+def _fields(model: Any, path: list[str]) -> list[str]:
+    """Names of the fields of the section that `path` leads to."""
+    for part in path:
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return []
+        info = model.model_fields.get(part)
+        model = info.annotation if info else None
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file as plain values; `RecipeError` names file and line when it cannot be read."""
+    try:
+        if path.stat().st_size > 1_000_000:
+            raise RecipeError(f"{path}: a recipe of more than 1 MB is not a recipe.")
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The recipe {path} cannot be read: {error}.") from None
+
+
+def write_toml(recipe: BaseModel) -> str:
+    """The recipe as TOML with every default written out."""
+    return tomlkit.dumps(recipe.model_dump(mode="json", exclude_none=True))
+
+
+def override(values: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """A copy of `values` with `a.b=value` assignments applied; a value is read as TOML, else taken as text.
+
+    >>> override({"train": {"batch": 64}}, ["train.batch=8", "data.path=my photos"])
+    {'train': {'batch': 8}, 'data': {'path': 'my photos'}}
+    """
+    result = json.loads(json.dumps(values))
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise RecipeError(f"--set {assignment!r}: expected key=value, for example --set train.batch=32.")
+        section = result
+        *parents, last = key.strip().split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise RecipeError(f"--set {assignment!r}: {parent} is a value, not a section.")
+        try:
+            section[last] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            section[last] = text.strip()
+    return result
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings laid over one another, the later ones on top.
+
+    >>> merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}})
+    {'a': {'b': 3, 'c': 2}}
+    """
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+            result[key] = merge(result[key], value) if both else value
+    return result

@@ -1,0 +1,197 @@
+"""The words of imagekiln: what a batch, a phase, a loss, a family, a source and a metric are.
+
+Everything else in the package is written in these terms, and this file imports nothing but torch.
+
+Shapes: B images, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+UNLABELLED = -1
+"""The label of a picture nobody labelled. Families map it to their null condition."""
+
+
+class Batch(NamedTuple):
+    """Pictures and what is known about them.
+
+    images: images_BCHW, float32 in [-1, 1] (or a codec's latents) in training; uint8 as read from a `Source`.
+    labels: labels_B, int64, `UNLABELLED` (-1) where unknown; None when the set has no labels at all.
+    text: token ids or cached embeddings, one row a picture; None when the set has no captions.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    text: Tensor | None = None
+
+
+class Condition(NamedTuple):
+    """What a picture should show: labels_B int64 (-1 = anything) and/or text rows. Both None = unconditional."""
+
+    labels: Tensor | None = None
+    text: Tensor | None = None
+
+
+class Progress(NamedTuple):
+    """How far a run is, in images seen. Every schedule is a function of this, never of steps."""
+
+    nimg: int
+    total_nimg: int
+
+    @property
+    def fraction(self) -> float:
+        """Share of the run that is done, in [0, 1]."""
+        return min(1.0, self.nimg / max(1, self.total_nimg))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One phase's objective: `total`, a scalar to differentiate, and `parts`, named scalars to log."""
+
+    total: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One kind of update inside a training step.
+
+    name: what `Family.loss` is asked for.
+    trains: names of the sub-modules it updates; everything else is frozen while it runs.
+    every: run it on every k-th step only, its loss scaled by k (lazy regularisation, StyleGAN2 section B).
+    repeat: run it r times, each on a fresh batch (the critic steps of WGAN).
+    """
+
+    name: str
+    trains: tuple[str, ...]
+    every: int = 1
+    repeat: int = 1
+
+    @property
+    def optimizer(self) -> str:
+        """The key of the optimizer that owns these modules: phases that train the same modules share its moments."""
+        return "-".join(sorted(self.trains))
+
+
+class Family(nn.Module, ABC):
+    """A kind of generative model: it owns its networks, says how to learn and how to draw.
+
+    A concrete family is built as `family(config, image_shape, num_classes)` and is final: no family is a subclass of
+    another. It never calls `backward()`; the trainer does, once, for all families.
+    """
+
+    Config: ClassVar[type]
+    """Pydantic model of the recipe's `family` section, a subclass of `imagekiln.config.FamilyConfig`."""
+
+    optimizers: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Default optimizer settings by `Phase.optimizer`; a recipe's `optim` section overrides them key by key."""
+
+    monitor: ClassVar[str | None] = None
+    """The phase whose loss on held-out pictures ranks checkpoints; None where that loss does not measure quality."""
+
+    draws: ClassVar[bool] = True
+    """False for a family that is trained to judge pictures, not to make them: it has `features` and no `sample`."""
+
+    phases: Sequence[Phase]
+    averaged: Sequence[str]
+    """Names of the sub-modules that sampling uses: the ones the moving averages follow."""
+
+    def __init__(self, config: Any, image_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.image_shape = tuple(image_shape)
+        self.num_classes = num_classes
+
+    @abstractmethod
+    def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
+        """The objective of one phase on one batch. Draws its randomness from torch's global generator, which the
+        trainer seeds from (seed, images seen, phase, slot) before every call."""
+
+    @abstractmethod
+    def sample(self, noise: Tensor, condition: Condition, options: Any = None) -> Tensor:
+        """Pictures from noise: images_BCHW float32 in [-1, 1].
+
+        noise: (B, *self.noise_shape()) standard normal, made from one seed a picture, so that picture i is the same
+            whatever the batch size. Nothing random may be drawn inside.
+        options: the family's sampling options; None takes `self.config.sample`.
+        """
+
+    @abstractmethod
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of the noise of one picture."""
+
+    def reconstruct(self, images: Tensor) -> Tensor | None:
+        """Pictures the model makes of given pictures (autoencoding or denoising), or None where it has no such thing.
+
+        images: images_BCHW float32 in [-1, 1]; the result has the same shape and range.
+        """
+        return None
+
+    def features(self, images: Tensor) -> Tensor:
+        """What a judging family (`draws = False`) sees in pictures: features_BD float32 of images_BCHW in [-1, 1]."""
+        raise NotImplementedError(f"{type(self).__name__} draws pictures; it has no features.")
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Class scores of a judging family: logits_BK float32."""
+        raise NotImplementedError(f"{type(self).__name__} draws pictures; it predicts no classes.")
+
+    def after_step(self, progress: Progress) -> None:  # noqa: B027  an optional hook, empty on purpose
+        """Called once after every training step: target networks, code-book averages, augmentation strength."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Pictures by index: the only thing the trainer knows about data."""
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    class_names: tuple[str, ...]
+    fingerprint: str
+    """Hash of pixels, labels and order: with the recipe it determines a run."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int]) -> Batch:
+        """The pictures at these indices: images_BCHW uint8, labels_B int64 or None."""
+        ...
+
+
+@runtime_checkable
+class Metric(Protocol):
+    """A formula over two finished statistics of features (see `imagekiln.metrics`)."""
+
+    name: str
+    lower_is_better: bool
+
+    def __call__(self, generated: Any, reference: Any) -> float: ...
+
+
+def mix(*keys: int | str) -> int:
+    """One 63-bit seed from any keys: stable across machines, processes and Python versions.
+
+    All randomness of a run comes from here: `mix(seed, "order", epoch)`, `mix(seed, phase, nimg, slot)`.
+
+    >>> mix(0, "order", 3) == mix(0, "order", 3), mix(0, "order", 3) == mix(0, "order", 4)
+    (True, False)
+    """
+    text = "\x1f".join(f"{type(key).__name__}:{key}" for key in keys)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise, one generator a picture: (len(seeds), *shape) float32 on the CPU.
+
+    >>> a, b = seeded_noise([1, 2], (3,)), seeded_noise([2], (3,))
+    >>> bool((a[1] == b[0]).all())
+    True
+    """
+    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(mix("noise", seed))) for seed in seeds]
+    return torch.stack(rows) if rows else torch.empty(0, *shape)

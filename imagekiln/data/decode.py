@@ -1,0 +1,283 @@
+"""Pictures as arrays: every file is opened, checked, turned upright and brought to 8-bit sRGB here and nowhere else.
+
+`open_safely` is the only caller of `PIL.Image.open`. It reads an allow-list of formats, decides about size before a
+pixel is decoded, decodes the whole file (a cut file is refused, never filled with grey), and drops all metadata, so
+nothing of EXIF or GPS can reach an output. Of an animation or a multi-page file it takes the first frame.
+
+Shapes: H rows, W columns, C channels, A the four channels red, green, blue, alpha.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import stat
+import struct
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError
+
+from imagekiln.errors import ImagekilnError, UsageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+MAX_PIXELS = 100_000_000
+"""Largest picture that is decoded. It is our own limit, checked on the header, and never a mere warning."""
+MIN_SIDE = 4
+MAX_ASPECT = 20
+
+_ONE_AT_A_TIME = 16_000_000  # pictures above this many pixels are decoded one by one: eight threads must not hold 8 GB
+_opening, _large = threading.Lock(), threading.Lock()
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class Unusable(Exception):
+    """A file that is not a usable picture; the text is the plain reason, such as `truncated` or `empty file`."""
+
+
+def open_safely(file: Path | BinaryIO, *, max_pixels: int = MAX_PIXELS, short_side: int = 0) -> Image.Image:
+    """The picture in a file: upright, 8-bit sRGB, mode L, LA, RGB or RGBA, fully decoded, without metadata.
+
+    file: a path, or a seekable binary stream.
+    short_side: a JPEG may be decoded at a half, a quarter or an eighth as long as its short side keeps twice this many
+        pixels; 0 decodes at full size.
+
+    Raises `Unusable` with a plain reason for everything that is not a whole, sane picture.
+    """
+    with _reasons(file) as stream:
+        image = _identify(stream, max_pixels)
+        with _large if image.width * image.height > _ONE_AT_A_TIME else nullcontext():
+            if image.format == "PNG":
+                image.verify()  # Pillow's decoder skips the checksums of the pixel data; only this reads them
+                image = _identify(stream, max_pixels)
+            if short_side:
+                image.draft(None, (2 * short_side, 2 * short_side))
+            image.load()
+            turn = _TURNS.get(_orientation(image))  # after load: Pillow turns some TIFFs itself while loading
+            image = _eight_bit_srgb(image)
+            if turn is not None:
+                image = image.transpose(turn)
+            image.info.clear()
+            return image
+
+
+def probe(file: Path | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Height and width of the upright picture, from its header alone. Raises `Unusable`."""
+    with _reasons(file) as stream:
+        image = _identify(stream, max_pixels)
+        sideways = image.format != "TIFF" and _orientation(image) >= 5  # Pillow reports a TIFF's size upright
+        return (image.width, image.height) if sideways else (image.height, image.width)
+
+
+def fit(
+    image: Image.Image,
+    size: tuple[int, int],
+    how: Literal["crop", "pad"] = "crop",
+    background: str = "white",
+    channels: Literal[1, 3, 4] = 3,
+) -> np.ndarray:
+    """The picture at another size, antialiased (Lanczos): pixels_HWC uint8.
+
+    size: (height, width). how: `crop` keeps the centre, `pad` keeps everything.
+    background: colour behind transparent pixels and padding; with `channels=4` both stay transparent instead.
+
+    >>> fit(Image.new("RGB", (40, 20), "red"), (8, 8), "pad")[[0, 4], 4].tolist()
+    [[255, 255, 255], [255, 0, 0]]
+    """
+    height, width = size
+    scale = (max if how == "crop" else min)(height / image.height, width / image.width)
+    if how == "crop":
+        inner = (width, height)
+        left, top = (image.width - width / scale) / 2, (image.height - height / scale) / 2
+        box = (
+            max(0.0, left),
+            max(0.0, top),
+            min(image.width, image.width - left),
+            min(image.height, image.height - top),
+        )
+    else:
+        inner = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        box = (0, 0, image.width, image.height)
+    resized = image.resize(inner, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+    pixels_HWA = np.zeros((height, width, 4), np.uint8)
+    top, left = (height - inner[1]) // 2, (width - inner[0]) // 2
+    pixels_HWA[top : top + inner[1], left : left + inner[0]] = np.asarray(resized.convert("RGBA"))
+    pixels_HWA[pixels_HWA[..., 3] == 0] = 0  # nobody sees the colour under full transparency, so nobody may learn it
+    return flatten(pixels_HWA, channels, colour(background))
+
+
+def flatten(pixels_HWA: np.ndarray, channels: int, background: tuple[int, int, int]) -> np.ndarray:
+    """Pixels with alpha as 1 (luma, ITU-R 601), 3 (on the background) or 4 channels: (..., H, W, C) uint8."""
+    if channels == 4:
+        return pixels_HWA
+    rgb, alpha = pixels_HWA[..., :3], pixels_HWA[..., 3:]
+    if not (alpha == 255).all():
+        cover, behind = alpha.astype(np.uint16), np.array(background, np.uint16)
+        rgb = ((rgb * cover + behind * (255 - cover) + 127) // 255).astype(np.uint8)
+    if channels == 3:
+        return rgb
+    luma = rgb.astype(np.uint32) @ np.array([[19595], [38470], [7471]], np.uint32)
+    return ((luma + 32768) >> 16).astype(np.uint8)
+
+
+def colour(name: str) -> tuple[int, int, int]:
+    """Red, green, blue of a colour name or `#rrggbb`. Raises `UsageError`."""
+    try:
+        return ImageColor.getrgb(name)[:3]
+    except ValueError:
+        raise UsageError(f"data.background = {name!r} is no colour. Give a name such as white, or #rrggbb.") from None
+
+
+@contextmanager
+def _reasons(file: Path | BinaryIO) -> Iterator[BinaryIO]:
+    """Open the file if need be, and turn whatever a decoder throws into `Unusable` with a plain reason."""
+    stream: BinaryIO | None = None
+    try:
+        if isinstance(file, Path) and not stat.S_ISREG(os.stat(file).st_mode):
+            raise Unusable("not a regular file")
+        stream = file.open("rb") if isinstance(file, Path) else file
+        yield stream
+    except (Unusable, ImagekilnError):
+        raise
+    except PermissionError:
+        raise Unusable("permission denied") from None
+    except FileNotFoundError:
+        raise Unusable("not there any more") from None
+    except MemoryError:
+        raise Unusable("too large for the memory") from None
+    except Exception as error:  # decoders throw anything: SyntaxError, struct.error, IndexError, OverflowError, ...
+        raise Unusable(_reason(stream, error)) from None
+    finally:
+        if stream is not None and isinstance(file, Path):
+            stream.close()
+
+
+def _identify(stream: BinaryIO, max_pixels: int) -> Image.Image:
+    """Read the header and judge the size, before anything large is allocated."""
+    stream.seek(0)
+    # Pillow's own limit is a module variable that warns at once and refuses at twice: ours replaces it for this call.
+    with _opening, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
+        try:
+            image = Image.open(stream, formats=FORMATS)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            found = re.search(r"\((\d+) pixels\)", str(error))
+            raise Unusable(f"too large ({int(found[1]) / 1e6:.0f} MP)" if found else "too large") from None
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+    short, long = sorted(image.size)
+    if short * long > max_pixels:
+        raise Unusable(f"too large ({short * long / 1e6:.0f} MP)")
+    if short < MIN_SIDE:
+        raise Unusable(f"{image.width}x{image.height} is below the smallest size ({MIN_SIDE}x{MIN_SIDE})")
+    if long > MAX_ASPECT * short:
+        raise Unusable(f"{image.width}x{image.height} is narrower than 1:{MAX_ASPECT}")
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # broken EXIF says nothing about the pixels
+        return 1
+
+
+def _eight_bit_srgb(image: Image.Image) -> Image.Image:
+    """Any mode Pillow knows as L, LA, RGB or RGBA in sRGB."""
+    profile = image.info.get("icc_profile")
+    if image.mode.startswith("I") or image.mode == "F":
+        return _scaled_grey(image)
+    if "transparency" in image.info or image.mode in ("PA", "RGBa"):
+        image = image.convert("LA" if image.mode in ("1", "L") else "RGBA")
+    elif image.mode in ("1", "La"):
+        image = image.convert({"1": "L", "La": "LA"}[image.mode])
+    elif image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK"):
+        image = image.convert("RGB")
+    transform = _transform(profile, image.mode.removesuffix("A")) if isinstance(profile, bytes) else None
+    if transform is None:
+        return image.convert("RGB") if image.mode == "CMYK" else image.copy()
+    if image.mode not in ("LA", "RGBA"):
+        converted = transform.apply(image)
+    else:
+        converted = transform.apply(image.convert(image.mode.removesuffix("A")))
+        converted.putalpha(image.getchannel("A"))
+    return converted.convert(image.mode) if image.mode in ("L", "LA") else converted
+
+
+def _scaled_grey(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits, scaled from its full range and never clipped: 0..65535, or 0..1 for floats."""
+    pixels = np.asarray(image)
+    if pixels.dtype.kind == "f":
+        if not np.isfinite(pixels).all():
+            raise Unusable("pixels that are not finite numbers")
+        if pixels.min() < 0 or pixels.max() > 1:
+            raise Unusable("float pixels outside 0..1 (HDR)")
+        return Image.fromarray(np.rint(pixels * 255).astype(np.uint8))
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise Unusable("32-bit pixels")
+    return Image.fromarray(np.rint(pixels / 257).astype(np.uint8))
+
+
+@lru_cache(maxsize=16)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """The way from an ICC profile to sRGB; None where the pixels are sRGB already or the profile makes no sense."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if mode == "RGB" and "srgb" in ImageCms.getProfileDescription(source).lower():
+            return None
+        intent, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
+        target = ImageCms.createProfile("sRGB")
+        return ImageCms.buildTransform(source, target, mode, "RGB", renderingIntent=intent, flags=flags)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
+
+
+_NOT_PICTURES = (
+    (rb"^\s*(<!doctype html|<html|<head|<body)", "not an image (HTML)"),
+    (rb"^\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?(<!doctype svg[^>]*>\s*)?<svg", "SVG is not read; convert it to PNG"),
+    (rb"^....ftyp(avif|avis)", "AVIF is not read; convert it to JPEG or PNG"),
+    (rb"^....ftyp(hei|hev|mif|msf)", "HEIC is not read; convert it to JPEG or PNG"),
+    (rb"^%PDF", "not an image (PDF)"),
+    (rb"^8BPS", "PSD is not read; convert it to PNG"),
+    (rb"^PK\x03\x04", "not an image (zip)"),
+    (rb"^(\xff\xd8|\x89PNG|GIF8|BM|II\*\0|MM\0\*|RIFF....WEBP)", "damaged"),
+    (rb"^[\t\n\r\x20-\x7e]+$", "not an image (text)"),
+)
+
+
+def _reason(stream: BinaryIO | None, error: Exception) -> str:
+    """What a person would call it."""
+    if stream is None:
+        return str(getattr(error, "strerror", None) or error)
+    stream.seek(0, os.SEEK_END)
+    num_bytes = stream.tell()
+    stream.seek(0)
+    head = stream.read(512).removeprefix(b"\xef\xbb\xbf")
+    if num_bytes == 0:
+        return "empty file"
+    if head.startswith(b"RIFF") and len(head) >= 8 and struct.unpack("<I", head[4:8])[0] + 8 > num_bytes:
+        return "truncated"
+    if isinstance(error, UnidentifiedImageError):
+        flags = re.IGNORECASE | re.DOTALL
+        return next((reason for pattern, reason in _NOT_PICTURES if re.match(pattern, head, flags)), "not an image")
+    if "truncated" in str(error).lower() or isinstance(error, EOFError):
+        return "truncated"
+    return "damaged (wrong checksum)" if "checksum" in str(error) else "damaged"

@@ -1,0 +1,94 @@
+"""Batches for training as a pure function of (seed, images seen): resume is exact because there is nothing to restore.
+
+Picture number p of a run is entry p mod n of the permutation of epoch p div n, and the permutation depends on
+(seed, epoch) alone. Whether it is mirrored depends on (seed, p) alone.
+
+Shapes: B pictures, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imagekiln.core import Batch, Source, mix
+from imagekiln.errors import DataError
+
+
+class Loader:
+    """Endless shuffled batches of a source.
+
+    batch: pictures a batch; a source with fewer pictures repeats them.
+    flip: mirror half of the pictures left to right.
+
+    Raises `DataError` when the source is empty.
+    """
+
+    def __init__(
+        self, source: Source, seed: int, batch: int, device: torch.device | str = "cpu", flip: bool = False
+    ) -> None:
+        if not len(source):
+            raise DataError("There are no pictures to train on.")
+        self.source, self.seed, self.size, self.device, self.flip = source, seed, batch, torch.device(device), flip
+        self._permutations: dict[int, np.ndarray] = {}
+
+    def order(self, position: int, count: int) -> np.ndarray:
+        """Which pictures come at positions `position .. position + count - 1` of the run: int64 indices."""
+        positions = np.arange(position, position + count, dtype=np.int64)
+        epochs, places = np.divmod(positions, len(self.source))
+        indices = np.empty(count, np.int64)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            indices[here] = self._permutation(epoch)[places[here]]
+        return indices
+
+    def batch(self, position: int) -> Batch:
+        """The batch that starts after `position` pictures: images_BCHW float32 in [-1, 1], on the device."""
+        images, labels, text = self.source.read(self.order(position, self.size).tolist())
+        images_BCHW = to_float(images.to(self.device))
+        if self.flip:
+            mirrored_B = torch.from_numpy(self._mirrored(position)).to(self.device)
+            images_BCHW = torch.where(mirrored_B[:, None, None, None], images_BCHW.flip(-1), images_BCHW)
+        return Batch(
+            images_BCHW,
+            None if labels is None else labels.to(self.device),
+            None if text is None else text.to(self.device),
+        )
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        """Sorting raw 64-bit words, whose stream numpy promises never to change, unlike `Generator.permutation`."""
+        if epoch not in self._permutations:
+            while len(self._permutations) > 1:
+                del self._permutations[min(self._permutations)]
+            words = np.random.PCG64(mix(self.seed, "order", epoch)).random_raw(len(self.source))
+            self._permutations[epoch] = np.argsort(words, kind="stable")
+        return self._permutations[epoch]
+
+    def _mirrored(self, position: int) -> np.ndarray:
+        """One fair coin a position: the top bit of SplitMix64 (Steele, Lea, Flood 2014) of (seed, position)."""
+        with np.errstate(over="ignore"):
+            state = np.arange(position, position + self.size, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+            state += np.uint64(mix(self.seed, "flip"))
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mirrored: np.ndarray = state >> np.uint64(63) == 1
+        return mirrored
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 pixels 0..255 as float32 in [-1, 1].
+
+    >>> to_float(torch.tensor([0, 255], dtype=torch.uint8)).tolist()
+    [-1.0, 1.0]
+    """
+    return images.to(torch.float32) / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float pixels in [-1, 1] as uint8 0..255, rounded; values outside are clamped. Exact inverse of `to_float`.
+
+    >>> to_uint8(torch.tensor([-1.5, -1.0, 1.0, 9.0])).tolist()
+    [0, 0, 255, 255]
+    """
+    return ((images.to(torch.float32) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

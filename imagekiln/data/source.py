@@ -1,0 +1,141 @@
+"""Pictures in one uint8 array, read by index: the `Source` behind every data set.
+
+Shapes: N pictures, B of them, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from imagekiln.core import Batch
+
+_COLOURS = {1: "grey", 3: "RGB", 4: "RGBA"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Everything known about a set's pictures, one entry a picture in every field.
+
+    images_NCHW: uint8, mapped from disk or in memory. labels: int64, `UNLABELLED` (-1) where unknown; without
+    class names nothing is labelled. digests: see `digest`. captions: None where the set has none.
+    """
+
+    images_NCHW: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    digests: Sequence[str]
+    files: Sequence[str]
+    captions: Sequence[str | None] | None = None
+
+
+class MemmapSource:
+    """Some rows of a table of pictures, in order: the `Source` that training and validation read from."""
+
+    def __init__(self, table: Table, rows: np.ndarray) -> None:
+        _, channels, height, width = table.images_NCHW.shape
+        self.image_shape = (channels, height, width)
+        self.class_names = table.class_names
+        self.num_classes = len(table.class_names)
+        self.files = [table.files[row] for row in rows]
+        self.captions = [table.captions[row] or "" for row in rows] if table.captions is not None else None
+        self._images_NCHW, self._rows = table.images_NCHW, rows
+        self._labels = torch.from_numpy(table.labels[rows]) if table.class_names else None
+        self.fingerprint = _fingerprint(table, rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, indices: Sequence[int]) -> Batch:
+        """The pictures at these indices: images_BCHW uint8, labels_B int64 or None where nothing is labelled."""
+        chosen = np.asarray(indices, np.int64)
+        images_BCHW = torch.from_numpy(self._images_NCHW[self._rows[chosen]])
+        return Batch(images_BCHW, None if self._labels is None else self._labels[torch.from_numpy(chosen)])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A set of pictures, ready to train on.
+
+    notices: what was decided on the user's behalf, in plain sentences.
+    left_out: (file, reason) of everything that could not be used; the names are safe to print.
+    """
+
+    name: str
+    train: MemmapSource
+    validation: MemmapSource
+    notices: list[str] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of pixels, labels and order of both sides."""
+        both = self.train.fingerprint + self.validation.fingerprint
+        return hashlib.blake2b(both.encode(), digest_size=16).hexdigest()
+
+    def summary(self) -> str:
+        """One line for a person.
+
+        For example: `1,797 pictures, 8x8 grey, 10 classes: 1,617 to train on, 180 held out.`
+        """
+        channels, height, width = self.train.image_shape
+        shared = self.train is self.validation
+        total = len(self.train) + (0 if shared else len(self.validation))
+        parts = [f"{total:,} pictures", f"{height}x{width} {_COLOURS[channels]}"]
+        parts += [f"{self.train.num_classes} classes"] if self.train.num_classes else []
+        parts += ["captions"] if self.train.captions is not None else []
+        held = "none" if shared else f"{len(self.validation):,}"
+        line = f"{', '.join(parts)}: {len(self.train):,} to train on, {held} held out."
+        return f"{line} {len(self.left_out):,} files were left out." if self.left_out else line
+
+
+def _fingerprint(table: Table, rows: np.ndarray) -> str:
+    """Hash over pixels (by their digests), labels, captions and order."""
+    hasher = hashlib.blake2b(digest_size=16)
+    hasher.update("\x1f".join(table.class_names).encode("utf-8", "surrogatepass"))
+    for row in rows:
+        caption = (table.captions[row] or "") if table.captions is not None else ""
+        line = f"{table.digests[row]}:{table.labels[row]}:{caption}\0"
+        hasher.update(line.encode("utf-8", "surrogatepass"))
+    return hasher.hexdigest()
+
+
+def digest(pixels: np.ndarray) -> str:
+    """Content hash of one picture's pixels, shape included: 32 hex digits."""
+    head = "x".join(map(str, pixels.shape)).encode()
+    return hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=16, key=head).hexdigest()
+
+
+def split(digests: Sequence[str], fraction: float) -> np.ndarray:
+    """Which pictures are held out: bool, one for each digest, a function of the content alone.
+
+    Equal pictures fall on one side, and a picture never changes sides when others come or go; unless a side would be
+    empty: then the one distinct picture that is nearest to the border changes sides.
+
+    >>> split(["00" * 16, "ff" * 16, "00" * 16], 0.5).tolist()
+    [True, False, True]
+    """
+    place = np.array([int(text[:13], 16) for text in digests], np.float64) / 16**13
+    held_out = place < fraction
+    if 0 < fraction and len(set(digests)) > 1:
+        if not held_out.any():
+            held_out = place == place.min()
+        elif held_out.all():
+            held_out = place < place.max()
+    return held_out
+
+
+def dataset(
+    name: str, table: Table, held_out: np.ndarray, notices: list[str], left_out: list[tuple[str, str]]
+) -> Dataset:
+    """Two sources over one table. An empty side borrows the other one's pictures, and a notice says so."""
+    train_rows, validation_rows = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    if len(validation_rows) and len(train_rows):
+        return Dataset(name, MemmapSource(table, train_rows), MemmapSource(table, validation_rows), notices, left_out)
+    both = MemmapSource(table, np.arange(len(held_out)))
+    notices = [*notices, "No pictures are held out: validation uses the training pictures."]
+    return Dataset(name, both, both, notices, left_out)

@@ -1,0 +1,55 @@
+"""Densities of noise levels to train on, as pure functions of uniform numbers.
+
+A density maps a uniform number to a sigma by its quantile function, so plain random numbers and spread-out ones
+(`stratified`) go through the same code. sigma is the noise-to-signal ratio of `imagekiln.diffusion.paths`.
+
+Sources: EDM (Karras et al. 2022, table 1), Stable Diffusion 3 (Esser et al. 2024, section 3.1), Variational Diffusion
+Models (Kingma et al. 2021, appendix I.1).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from imagekiln.diffusion.paths import TIME_SCALE, Path
+
+EDM_MEAN, EDM_STD = -0.51, 1.2
+"""EDM's density for pictures in [-1, 1]: its P_mean of -1.2 plus ln 2, because its data has standard deviation 1/2."""
+
+_MARGIN = 2.0**-24
+"""Quantiles are kept this far from 0 and 1: the resolution of a float32 uniform number."""
+
+
+def stratified(offset: Tensor, batch: int) -> Tensor:
+    """Uniform numbers spread evenly over [0, 1): (batch,), offset's dtype.
+
+    offset: one uniform number in [0, 1), any shape with one element. Every single number of the result is uniform, and
+    together they cover the range, so that the loss of a batch varies much less than with independent numbers.
+
+    >>> stratified(torch.tensor(0.1), 4).tolist()
+    [0.10000000149011612, 0.3499999940395355, 0.6000000238418579, 0.8500000238418579]
+    """
+    return (offset.reshape(()) + torch.arange(batch, dtype=offset.dtype, device=offset.device) / batch) % 1
+
+
+def log_normal(uniform_B: Tensor, mean: float = EDM_MEAN, std: float = EDM_STD) -> Tensor:
+    """Log-normal noise, ln sigma ~ N(mean, std^2): sigma_B, uniform_B's dtype.
+
+    On the RF path ln sigma = ln(t / (1 - t)), so this is also the logit-normal density of t of Stable Diffusion 3
+    (there mean 0 and std 1).
+
+    >>> log_normal(torch.tensor([0.5]), mean=0.0).tolist()
+    [1.0]
+    """
+    normal_B = torch.special.ndtri(uniform_B.double().clamp(_MARGIN, 1 - _MARGIN))
+    return torch.exp(mean + std * normal_B).to(uniform_B.dtype)
+
+
+def uniform_time(uniform_B: Tensor, path: Path) -> Tensor:
+    """Uniform in the path's own time: sigma_B, uniform_B's dtype.
+
+    On RF that is t uniform in (0, 1) (Liu et al. 2023); on VP the cosine schedule (Nichol and Dhariwal 2021). The ends
+    are kept 1/10000 away, where sigma is 0 or infinite.
+    """
+    return path.sigma(TIME_SCALE * uniform_B.double().clamp(1e-4, 1 - 1e-4)).to(uniform_B.dtype)

@@ -1,0 +1,1 @@
+"""Training, drawing and measuring: everything that works on a run folder."""

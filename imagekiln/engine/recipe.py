@@ -1,0 +1,115 @@
+"""From a name to a complete recipe: recipe file, family defaults and the user's settings laid over one another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from imagekiln.config import FamilyConfig, OptimizerConfig, Recipe, merge, override, parse, read_toml
+from imagekiln.core import Family
+from imagekiln.engine import registry
+from imagekiln.errors import RecipeError, did_you_mean
+
+_folder = Path(str(resources.files("imagekiln.recipes")))
+
+
+def names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(path.stem for path in _folder.glob("*.toml"))
+
+
+def text(name: str) -> str:
+    """A recipe file of the package, with its header.
+
+    Raises:
+        RecipeError: no such recipe.
+    """
+    if name not in names():
+        raise RecipeError(f"There is no recipe {name!r}. {did_you_mean(name, names())}")
+    return (_folder / f"{name}.toml").read_text(encoding="utf-8")
+
+
+def resolve(name: str, settings: Mapping[str, Any] | None = None, assignments: Sequence[str] = ()) -> Recipe:
+    """A complete recipe from the name of a recipe, a recipe file, or a family.
+
+    settings: values laid over the file, for example `{"data": {"path": "photos"}}`.
+    assignments: `a.b=value` strings laid over everything.
+
+    Raises:
+        RecipeError: the name is unknown, or a setting is; the sentence names the nearest known one.
+    """
+    if name in names():
+        values = read_toml(_folder / f"{name}.toml")
+    elif name.endswith(".toml"):
+        values = read_toml(Path(name).expanduser())
+    elif name in registry.names() or name.endswith(".py") or "." in name:
+        values = {"family": {"name": name}}
+    else:
+        known = sorted({*names(), *registry.names()})
+        raise RecipeError(f"There is no recipe or family {name!r}. {did_you_mean(name, known)}")
+    return complete(override(merge(values, settings or {}), assignments))
+
+
+def complete(values: Mapping[str, Any]) -> Recipe:
+    """Validate plain values and fill in every default, the family's own included."""
+    family_values = values.get("family")
+    if not isinstance(family_values, Mapping) or not isinstance(family_values.get("name"), str):
+        raise RecipeError("family.name: this setting is missing. It names what to train.")
+    located = registry.locate(family_values["name"])
+    kind = registry.load(located)
+    family: FamilyConfig = parse(kind.Config, {**family_values, "name": located}, "family")
+    given = values.get("optim", {})
+    unknown = [key for key in given if key not in kind.optimizers]
+    if unknown:
+        raise RecipeError(f"optim.{unknown[0]}: no such optimizer. {did_you_mean(unknown[0], kind.optimizers)}")
+    optim: dict[str, OptimizerConfig] = {
+        key: parse(OptimizerConfig, merge(default, given.get(key, {})), f"optim.{key}")
+        for key, default in kind.optimizers.items()
+    }
+    rest = {key: value for key, value in values.items() if key not in ("family", "optim")}
+    return parse(Recipe, {**rest, "family": family, "optim": optim}, "")
+
+
+def json_schema(name: str) -> dict[str, Any]:
+    """JSON Schema of the recipes of a family, its own settings and optimizers included."""
+    recipe = resolve(name)
+    schema = Recipe.model_json_schema()
+    family = type(recipe.family).model_json_schema()
+    definitions = family.pop("$defs", {})
+    schema["$defs"] |= definitions
+    schema["properties"]["family"] = family
+    optimizer = schema["properties"]["optim"]["additionalProperties"]
+    schema["properties"]["optim"] = {
+        "type": "object", "properties": dict.fromkeys(recipe.optim, optimizer), "additionalProperties": False
+    }
+    return schema
+
+
+def build(recipe: Recipe, image_shape: tuple[int, int, int], num_classes: int) -> Family:
+    """The family of a recipe with freshly initialised networks (from torch's global generator).
+
+    Raises:
+        RecipeError: the family cannot be built for pictures of this shape, or its phases and optimizers disagree.
+    """
+    family = registry.load(recipe.family.name)(recipe.family, image_shape, num_classes)
+    needed = {phase.optimizer for phase in family.phases}
+    if needed != set(recipe.optim):
+        raise RecipeError(
+            f"family {recipe.family.name!r} trains {sorted(needed)} but sets up optimizers {sorted(recipe.optim)}."
+        )
+    return family
+
+
+def header(name: str) -> str:
+    """The comment at the top of a recipe file: command, hardware, time, what to expect."""
+    lines = text(name).splitlines()
+    return "\n".join(line.lstrip("# ") for line in lines[: next(i for i, x in enumerate(lines) if x[:1] != "#")])
+
+
+def parameter_counts(family: Family) -> dict[str, int]:
+    """Trainable parameters by sub-module."""
+    return {name: sum(p.numel() for p in child.parameters()) for name, child in family.named_children()}
+
+

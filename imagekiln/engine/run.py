@@ -1,0 +1,290 @@
+"""The run folder: the only artefact of a training, and the only file that knows what lies in it by which name.
+
+Every small file is written aside, flushed and renamed, so a reader never sees half of one. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from imagekiln.errors import DiskError, UsageError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@contextmanager
+def disk_faults(path: Path) -> Iterator[None]:
+    """Turn an `OSError` while writing `path` into a `DiskError` that says what the system said."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            what = "the disk is full. Free some space and run the same command again; nothing saved so far is lost"
+        elif error.errno in _FORBIDDEN:
+            what = "the folder is not writable. Choose another one with --out, or change its permissions"
+        else:
+            what = f"{error.strerror or error}"
+        raise DiskError(f"{path} could not be written: {what}.") from error
+
+
+def write_whole(path: Path, data: bytes | str) -> None:
+    """Write a file so that it is there whole or not at all: aside, fsync, rename.
+
+    Raises:
+        DiskError: the disk is full or the folder is not writable.
+    """
+    with disk_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(aside, 0o666 & ~_umask())
+            os.replace(aside, path)
+        except BaseException:
+            Path(aside).unlink(missing_ok=True)
+            raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+class Run:
+    """One run folder.
+
+    >>> import tempfile
+    >>> run = Run.create(Path(tempfile.mkdtemp()) / "first", recipe_toml="", meta={"data": "builtin:digits"})
+    >>> run.append_stats({"nimg": 64, "loss": 0.5}); run.stats()[0]["loss"]
+    0.5
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, path: Path, recipe_toml: str, meta: Mapping[str, Any]) -> Run:
+        """Make the folder and write what the run is made with.
+
+        Raises:
+            UsageError: the folder holds something that is not a run.
+            DiskError: it cannot be written.
+        """
+        run = cls(path)
+        if run.path.exists() and not run.path.is_dir():
+            raise UsageError(f"{path} is a file. Name a folder for the run with --out.")
+        if run.path.is_dir() and not run.exists() and any(not p.name.startswith(".") for p in run.path.iterdir()):
+            raise UsageError(f"{path} holds files but no run. Name an empty or new folder with --out.")
+        with disk_faults(run.path):
+            run.path.mkdir(parents=True, exist_ok=True)
+            run.checkpoints.mkdir(exist_ok=True)
+        write_whole(run.path / "meta.json", json.dumps(dict(meta), indent=2) + "\n")
+        write_whole(run.path / "recipe.toml", recipe_toml)
+        return run
+
+    @classmethod
+    def open(cls, path: Path | str) -> Run:
+        """An existing run.
+
+        Raises:
+            UsageError: there is no run at `path`.
+        """
+        run = cls(Path(path))
+        if not run.exists():
+            reason = "holds no recipe.toml" if run.path.is_dir() else "does not exist"
+            raise UsageError(f"{path} is not a run folder: it {reason}. `imagekiln train` makes one.")
+        return run
+
+    def exists(self) -> bool:
+        """Whether the folder holds a run."""
+        return (self.path / "recipe.toml").is_file()
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for one writer; released by the system when the process ends in whatever way.
+
+        Raises:
+            UsageError: another process is writing to this run.
+        """
+        with disk_faults(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise UsageError(
+                    f"Another process is training in {self.path}. Wait for it, or name another folder with --out."
+                ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+            if not self.exists():  # nothing came of it: leave no empty folder behind
+                with contextlib.suppress(OSError):
+                    (self.path / ".lock").unlink(missing_ok=True)
+                    self.path.rmdir()
+
+    # -- what it is made with ----------------------------------------------------------------------------------------
+
+    @property
+    def recipe_path(self) -> Path:
+        """The fully resolved recipe."""
+        return self.path / "recipe.toml"
+
+    def write_recipe(self, recipe_toml: str) -> None:
+        """Replace the recipe (once, when `--minutes` has fixed the length of the run)."""
+        write_whole(self.recipe_path, recipe_toml)
+
+    def meta(self) -> dict[str, Any]:
+        """Versions, device, command and data fingerprint the run was started with."""
+        return _read_json(self.path / "meta.json") or {}
+
+    # -- how it goes --------------------------------------------------------------------------------------------------
+
+    def write_status(self, **status: Any) -> None:
+        """The heartbeat: state, images seen, images per second, time of finish."""
+        write_whole(self.path / "status.json", json.dumps({**status, "unix_sec": round(time.time(), 1)}) + "\n")
+
+    def status(self) -> dict[str, Any]:
+        """The last heartbeat, or {}."""
+        return _read_json(self.path / "status.json") or {}
+
+    def append_stats(self, row: Mapping[str, Any]) -> None:
+        """One row a tick; keys carry their unit."""
+        self._append("stats.jsonl", row)
+
+    def stats(self) -> list[dict[str, Any]]:
+        """All ticks so far."""
+        return _read_rows(self.path / "stats.jsonl")
+
+    def forget_after(self, nimg: int) -> None:
+        """Drop rows written after the checkpoint a resume starts from: they will be written again."""
+        for name in ("stats.jsonl", "doctor.jsonl"):
+            rows = _read_rows(self.path / name)
+            kept = [row for row in rows if row.get("nimg", 0) <= nimg or row.get("keep")]
+            if len(kept) < len(rows):
+                write_whole(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def append_measurement(self, row: Mapping[str, Any]) -> None:
+        """One measured number with its provenance."""
+        self._append("metrics.jsonl", row)
+
+    def measurements(self) -> list[dict[str, Any]]:
+        """All measured numbers."""
+        return _read_rows(self.path / "metrics.jsonl")
+
+    def append_event(self, row: Mapping[str, Any]) -> None:
+        """Something that was noticed, and what was done about it."""
+        self._append("doctor.jsonl", row)
+
+    def events(self) -> list[dict[str, Any]]:
+        """Everything that was noticed."""
+        return _read_rows(self.path / "doctor.jsonl")
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        path = self.path / name
+        with disk_faults(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(row)) + "\n")
+
+    # -- what it made -------------------------------------------------------------------------------------------------
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints (see `engine.checkpoint`)."""
+        return self.path / "checkpoints"
+
+    @property
+    def log_path(self) -> Path:
+        """Tracebacks and warnings, for reports of bugs."""
+        return self.path / "log.txt"
+
+    @property
+    def report_path(self) -> Path:
+        """The self-contained report."""
+        return self.path / "report.html"
+
+    @property
+    def events_folder(self) -> Path:
+        """TensorBoard's files."""
+        return self.path / "tensorboard"
+
+    def sample_path(self, nimg: int) -> Path:
+        """Picture of the fixed seeds after `nimg` images."""
+        return self.path / "samples" / f"{nimg:09d}.png"
+
+    def samples(self) -> list[tuple[int, Path]]:
+        """All previews as (images seen, file), oldest first."""
+        return [(int(path.stem), path) for path in sorted((self.path / "samples").glob("[0-9]*.png"))]
+
+    def picture_path(self, name: str) -> Path:
+        """A named picture of the run, for example `real`."""
+        return self.path / "samples" / f"{name}.png"
+
+    def weights_path(self, nimg: int, average: str) -> Path:
+        """Weights ready to draw with, their recipe inside."""
+        return self.path / "weights" / f"{nimg:09d}-{average}.safetensors"
+
+    def weights(self, nimg: int | None = None, average: str | None = None) -> Path:
+        """The weights file to draw with: the best one by default, else the newest.
+
+        Raises:
+            UsageError: the run has none (yet), or none after that many images.
+        """
+        files = sorted((self.path / "weights").glob("[0-9]*.safetensors"))
+        if not files:
+            raise UsageError(f"{self.path} has no weights yet. Let `imagekiln train` finish or stop it with Ctrl-C.")
+        chosen = self.status().get("best_nimg") if nimg is None else nimg
+        stem = [f for f in files if chosen is not None and int(f.stem.split("-", 1)[0]) == chosen]
+        if nimg is not None and not stem:
+            known = ", ".join(sorted({f.stem.split("-", 1)[0].lstrip("0") or "0" for f in files}))
+            raise UsageError(f"{self.path} has no weights after {nimg} images. There are: {known}.")
+        stem = stem or [f for f in files if f.stem.split("-", 1)[0] == files[-1].stem.split("-", 1)[0]]
+        named = [f for f in stem if f.stem.split("-", 1)[1] == (average or self.meta().get("average"))]
+        if average is not None and not named:
+            raise UsageError(f"{self.path} has no average {average!r}. There are: "
+                             f"{', '.join(f.stem.split('-', 1)[1] for f in stem)}.")
+        return (named or stem)[0]
+
+    def prune_weights(self, kept_nimg: set[int]) -> None:
+        """Delete weights of all other moments."""
+        for file in (self.path / "weights").glob("[0-9]*.safetensors"):
+            if int(file.stem.split("-", 1)[0]) not in kept_nimg:
+                file.unlink()
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file; a last line cut short by a crash is left out."""
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows

@@ -1,0 +1,473 @@
+"""The one trainer: it walks a family's phases and knows no family by name.
+
+Backward, accumulation, clipping, the finite check, the optimizer step, moving averages, validation, previews and
+checkpoints live here once. A run is a pure function of (recipe, data fingerprint, images seen): the global generator is
+seeded before every loss from (seed, attempt, phase, images seen, slot), and data order is a function of (seed, index).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from imagekiln import optim, signals
+from imagekiln.config import Recipe
+from imagekiln.core import Family, Phase, Progress, Source, mix
+from imagekiln.data import Loader, to_float
+from imagekiln.engine import checkpoint, device, pictures
+from imagekiln.engine.generate import draw, labels_for, save_weights
+from imagekiln.engine.run import Run
+from imagekiln.errors import CheckpointError, DiskError, Diverged, OutOfMemory
+
+TICK_SEC = 5.0
+FIRST_PREVIEW_SEC = 30.0
+SKIPS_BEFORE_ROLLBACK, SKIP_WINDOW_STEPS, MAX_ROLLBACKS = 3, 20, 3
+VALIDATION_IMAGES, VALIDATION_BATCH = 512, 64
+PREVIEW_IMAGES = 40
+
+
+class Listener(Protocol):
+    """Who is told how it goes: the console, stats.jsonl, TensorBoard (see `engine.tracker`)."""
+
+    def tick(self, row: Mapping[str, Any]) -> None: ...
+    def say(self, sentence: str) -> None: ...
+    def preview(self, nimg: int, picture: Any) -> None: ...
+
+
+@dataclass
+class State:
+    """What a run remembers besides tensors. All of it is in every checkpoint."""
+
+    nimg: int = 0
+    attempt: int = 0  # mixed into every seed, so that a window that was rolled back is not repeated as it was
+    lr_scale: float = 1.0
+    rollbacks: int = 0
+    accumulate: int = 1
+    skipped_nimg: list[int] = field(default_factory=list)
+    best_loss: float | None = None
+    best_nimg: int | None = None
+    stale_validations: int = 0
+    train_sec: float = 0.0
+
+
+class Trainer:
+    """Trains one family on one source and keeps everything in one run folder.
+
+    family: freshly built by `engine.recipe.build`; moved to the device here.
+    train, validation: sources of the two splits.
+    """
+
+    def __init__(
+        self, recipe: Recipe, family: Family, train: Source, validation: Source, run: Run, listener: Listener
+    ) -> None:
+        self.recipe, self.config, self.run, self.listener = recipe, recipe.train, run, listener
+        self.device = device.choose(self.config.device)
+        self.dtype = device.autocast_dtype(self.config.precision, self.device)
+        self.family = family.to(self.device).to(memory_format=torch.channels_last)
+        self.train_source, self.validation_source = train, validation
+        self.state = State(accumulate=min(self.config.accumulate, self.config.batch))
+        self.repeat = max(phase.repeat for phase in family.phases)
+        self.images_per_step = self.config.batch * self.repeat
+        self.total_nimg = self.config.total_nimg
+        self.params = {p.optimizer: self._trainable(p) for p in family.phases}
+        self.optimizers = {key: optim.build(recipe.optim[key], self.params[key]) for key in self.params}
+        self.averages = {
+            average.name: optim.Average(average, self._averaged(self.family), dict(family.named_buffers()))
+            for average in self.config.averages
+        }
+        self.twin = copy.deepcopy(self.family).eval().requires_grad_(False)
+        self._open: str | None = None
+        self._sums: dict[str, list[Tensor]] = {}
+        self._make_loader()
+        if self.config.compile == "on" or (self.config.compile == "auto" and self.device.type == "cuda"):
+            self._compile()
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def fit(self) -> State:
+        """Train until the recipe's length, from the newest whole checkpoint if there is one.
+
+        Raises:
+            Interrupted: a signal came; everything is saved, the same call continues.
+            Diverged: roll-backs did not help.
+            DiskError: a checkpoint could not be written.
+            OutOfMemory: not even one picture a step fits.
+        """
+        with signals.deferred():
+            fresh = not self.restore()
+            self._tick_sec = self._start_sec = time.monotonic()
+            self._tick_nimg = self.state.nimg
+            if fresh:
+                self._preview()
+                self._checkpoint(verify=True)
+            while self.state.nimg < self.total_nimg and not self._out_of_patience():
+                before = self.state.nimg
+                self.step()
+                self._after(before)
+                if signals.pending():
+                    self._checkpoint()
+                    self._status("interrupted")
+                    signals.raise_if_pending()
+            self._finish()
+        return self.state
+
+    def step(self) -> None:
+        """One training step: every phase that is due, on fresh pictures."""
+        number = self.state.nimg // self.images_per_step
+        progress = Progress(self.state.nimg, self.total_nimg)
+        self.family.train()
+        whole = True
+        for phase in self.family.phases:
+            if number % phase.every == 0:
+                for turn in range(phase.repeat):
+                    whole = whole and self._update(phase, turn, progress)
+        self.family.after_step(progress)
+        self.state.nimg += self.images_per_step
+        if whole:
+            for average in self.averages.values():
+                average.update(self._averaged(self.family), self.state.nimg, self.images_per_step)
+        else:
+            self._skipped()
+
+    def _update(self, phase: Phase, turn: int, progress: Progress) -> bool:
+        """Differentiate one phase's loss and step its optimizer; False when loss or gradient was not finite."""
+        self._unfreeze(phase)
+        optimizer = self.optimizers[phase.optimizer]
+        optimizer.zero_grad(set_to_none=True)
+        finite, slot = True, 0
+        while slot < self.state.accumulate:
+            position = progress.nimg + turn * self.config.batch + slot * self.loader.size
+            try:
+                batch = self.loader.batch(position)
+                torch.manual_seed(self._seed(phase.name, progress.nimg, turn, slot))
+                with self._precision():
+                    loss = self.family.loss(phase.name, batch, progress)
+                (loss.total * (phase.every / self.state.accumulate)).backward()
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                self._split_batches(optimizer, error)
+                slot = 0
+                continue
+            finite = finite and bool(torch.isfinite(loss.total.detach()))
+            self._note(phase.name, {"loss": loss.total, **loss.parts})
+            slot += 1
+        norm = self._clip([p for _, p in self.params[phase.optimizer] if p.grad is not None])
+        self._note(phase.name, {"grad_norm": norm})
+        if not (finite and bool(torch.isfinite(norm))):
+            optimizer.zero_grad(set_to_none=True)
+            return False
+        peak = self.recipe.optim[phase.optimizer].lr * self.state.lr_scale
+        for group in optimizer.param_groups:
+            group["lr"] = peak * optim.multiplier(
+                self.config.schedule, progress.fraction, self.config.warmup_fraction
+            )
+        optimizer.step()
+        return True
+
+    def _split_batches(self, optimizer: torch.optim.Optimizer, error: BaseException) -> None:
+        """Compute every batch in twice as many parts: what is learned from stays the same, memory halves."""
+        parts = self.state.accumulate * 2
+        if self.config.batch % parts:
+            raise OutOfMemory(
+                f"A step with {self.loader.size} picture(s) at a time does not fit into memory. "
+                "Lower data.size, the family's width, or train.batch."
+            ) from error
+        optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.state.accumulate = parts
+        self._make_loader()
+        self._notice("memory", f"Out of memory: each batch is now computed in {parts} parts.")
+
+    # -- when numbers stop being finite -------------------------------------------------------------------------------
+
+    def _skipped(self) -> None:
+        window = self.state.nimg - SKIP_WINDOW_STEPS * self.images_per_step
+        self.state.skipped_nimg = [n for n in self.state.skipped_nimg if n > window] + [self.state.nimg]
+        self._notice("non-finite", f"Loss or gradient was not finite after {self.state.nimg} images; step left out.")
+        if len(self.state.skipped_nimg) < SKIPS_BEFORE_ROLLBACK:
+            return
+        rollbacks, lr_scale = self.state.rollbacks + 1, self.state.lr_scale / 2
+        if rollbacks > MAX_ROLLBACKS:
+            self._status("diverged")
+            raise Diverged(
+                f"The training left the finite numbers {rollbacks} times, the last time after {self.state.nimg} images. "
+                "Lower optim.*.lr, set train.precision = 'fp32', or look at the pictures; the last good checkpoint is kept."
+            )
+        self.restore()
+        self.state = dataclasses.replace(
+            self.state, attempt=self.state.attempt + 1, rollbacks=rollbacks, lr_scale=lr_scale, skipped_nimg=[]
+        )
+        self._make_loader()
+        self._checkpoint()
+        self._notice("rollback", f"Back to the checkpoint of {self.state.nimg} images, learning rate halved.")
+
+    # -- events -------------------------------------------------------------------------------------------------------
+
+    def _after(self, before: int) -> None:
+        now = time.monotonic()
+
+        def due(which: Any) -> bool:
+            interval = self.config.interval_nimg(which)
+            return self.state.nimg // interval > before // interval and self.state.nimg < self.total_nimg
+
+        if now - self._tick_sec >= TICK_SEC:
+            self._tick(now)
+        if due("validate"):
+            self._validate()
+        if due("preview") or (now - self._start_sec > FIRST_PREVIEW_SEC and len(self.run.samples()) < 2):
+            self._preview()
+        if due("checkpoint"):
+            self._checkpoint()
+
+    def _finish(self) -> None:
+        if self._sums:
+            self._tick(time.monotonic())
+        if self.run.status().get("state") != "finished":
+            self._validate()
+            self._preview()
+            self._checkpoint()
+        self._status("finished")
+
+    def _tick(self, now: float) -> None:
+        means = {key: torch.stack(values).mean().item() for key, values in self._sums.items()}
+        rate = (self.state.nimg - self._tick_nimg) / max(1e-9, now - self._tick_sec)
+        self.state.train_sec += now - self._tick_sec
+        row = {
+            "nimg": self.state.nimg,
+            "train_sec": round(self.state.train_sec, 2),
+            "img_per_sec": round(rate, 2),
+            "peak_mem_gb": round(device.peak_memory_gb(self.device), 3),
+            "lr": next(iter(self.optimizers.values())).param_groups[0]["lr"],
+            **means,
+        }
+        self._sums, self._tick_sec, self._tick_nimg = {}, now, self.state.nimg
+        self.run.append_stats(row)
+        self.listener.tick({**row, "total_nimg": self.total_nimg})
+        self._status("training", img_per_sec=row["img_per_sec"])
+
+    def _validate(self) -> None:
+        """Loss of every phase on held-out pictures with fixed noise, under the first moving average."""
+        twin = self.inference_twin()
+        count = min(len(self.validation_source), VALIDATION_IMAGES)
+        sums: dict[str, float] = {}
+        for start in range(0, count, VALIDATION_BATCH):
+            indices = range(start, min(count, start + VALIDATION_BATCH))
+            raw = self.validation_source.read(indices)
+            labels = None if raw.labels is None else raw.labels.to(self.device)
+            batch = raw._replace(images=to_float(raw.images.to(self.device)), labels=labels)
+            for phase in self.family.phases:
+                torch.manual_seed(mix(self.config.seed, "validation", phase.name, start))
+                with self._precision():
+                    total = twin.loss(phase.name, batch, Progress(self.state.nimg, self.total_nimg)).total
+                sums[phase.name] = sums.get(phase.name, 0.0) + float(total.detach()) * len(indices)
+        losses = {f"validation/{name}": value / count for name, value in sums.items()}
+        self.run.append_stats({"nimg": self.state.nimg, **losses})
+        self.listener.tick({"nimg": self.state.nimg, "total_nimg": self.total_nimg, **losses})
+        if self.family.monitor is not None:
+            self._keep_best(losses[f"validation/{self.family.monitor}"])
+        self._restart_clock()
+
+    def _keep_best(self, loss: float) -> None:
+        if self.state.best_loss is None or loss < self.state.best_loss:
+            self.state.best_loss, self.state.best_nimg, self.state.stale_validations = loss, self.state.nimg, 0
+            self._save_weights()
+        else:
+            self.state.stale_validations += 1
+
+    def _out_of_patience(self) -> bool:
+        stop = 0 < self.config.patience <= self.state.stale_validations
+        if stop:
+            self.listener.say(f"Stopped early: {self.state.stale_validations} validations without gain.")
+        return stop
+
+    def _preview(self) -> None:
+        """The same seeds every time, so that the pictures can be compared over time."""
+        if not self.family.draws:
+            return
+        labels = labels_for(PREVIEW_IMAGES, self.family.num_classes)
+        seeds = [mix(self.config.seed, "preview", index) for index in range(len(labels))]
+        with self._precision():
+            images = draw(self.inference_twin(), seeds, labels, batch=len(seeds))
+        picture = pictures.grid(images, columns=pictures.columns_for(len(seeds), self.family.num_classes))
+        pictures.write(picture, self.run.sample_path(self.state.nimg))
+        self.listener.preview(self.state.nimg, picture)
+        self._restart_clock()
+
+    def time_event(self, name: str) -> float:
+        """Do one preview, validation or checkpoint now and return the seconds it took."""
+        clock = time.monotonic()
+        {"preview": self._preview, "validate": self._validate, "checkpoint": self._checkpoint}[name]()
+        return time.monotonic() - clock
+
+    def _restart_clock(self) -> None:
+        """Images per second are those of training: time spent on looking is not counted."""
+        if not self._sums:
+            self._tick_sec = time.monotonic()
+
+    def _status(self, state: str, **more: Any) -> None:
+        rate = more.get("img_per_sec") or 0.0
+        eta = (self.total_nimg - self.state.nimg) / rate if rate else None
+        self.run.write_status(
+            state=state,
+            nimg=self.state.nimg,
+            total_nimg=self.total_nimg,
+            eta_sec=None if eta is None else round(eta, 1),
+            best_nimg=self.state.best_nimg,
+            **more,
+        )
+
+    def _notice(self, kind: str, sentence: str) -> None:
+        # A roll-back rewinds the images seen, but must not rewind what was noticed.
+        self.run.append_event({"nimg": self.state.nimg, "kind": kind, "sentence": sentence, "keep": True})
+        self.listener.say(sentence)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _checkpoint(self, verify: bool = False) -> None:
+        parts = {"model": dict(self.family.state_dict()), "optimizer": self._optimizer_tensors()}
+        parts |= {name: average.state_dict() for name, average in self.averages.items()}
+        if not all(bool(torch.isfinite(t).all()) for t in parts["model"].values() if t.is_floating_point()):
+            self._notice("non-finite", f"Weights were not finite after {self.state.nimg} images; not saved.")
+            return
+        state = dataclasses.asdict(self.state)
+        for pause_sec in (0.0, 1.0, 3.0, None):
+            try:
+                path = checkpoint.save(self.run.checkpoints, self.state.nimg, parts, state)
+                break
+            except DiskError as error:
+                if pause_sec is None or not checkpoint.stored(self.run.checkpoints):
+                    raise
+                self.listener.say(f"{error} Trying again.")
+                time.sleep(pause_sec)
+        if verify:
+            checkpoint.load(path)
+        pinned = {self.state.best_nimg} if self.state.best_nimg is not None else set()
+        checkpoint.rotate(self.run.checkpoints, self.config.keep, pinned)
+        if self.state.nimg:
+            self._save_weights()
+        self._restart_clock()
+
+    def restore(self) -> bool:
+        """Continue from the newest whole checkpoint; False when there is none."""
+        found, sentences = checkpoint.load_newest(self.run.checkpoints, "cpu")
+        for sentence in sentences:
+            self._notice("checkpoint", sentence)
+        if found is None:
+            return False
+        try:
+            self.state = State(**found.state)
+            self.family.load_state_dict(found.parts["model"])
+            self._load_optimizer_tensors(found.parts["optimizer"])
+            for name, average in self.averages.items():
+                average.load_state_dict(found.parts[name])
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"The checkpoint of {found.nimg} images does not fit this recipe's networks ({error}). "
+                "Use the recipe the run was started with, or another --out."
+            ) from error
+        self._make_loader()
+        self.run.forget_after(self.state.nimg)
+        return True
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        tensors = {}
+        for key, optimizer in self.optimizers.items():
+            for name, parameter in self.params[key]:
+                for entry, value in optimizer.state.get(parameter, {}).items():
+                    tensors[f"{key}/{name}/{entry}"] = torch.as_tensor(value)
+        return tensors
+
+    def _load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        for key, optimizer in self.optimizers.items():
+            optimizer.state.clear()
+            for name, parameter in self.params[key]:
+                prefix = f"{key}/{name}/"
+                state = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+                if state:
+                    optimizer.state[parameter] = {
+                        entry: _like(value, parameter) if value.shape == parameter.shape else value
+                        for entry, value in state.items()
+                    }
+
+    def _save_weights(self) -> None:
+        for name in self.averages:
+            tensors = self.inference_twin(name)
+            save_weights(self.run.weights_path(self.state.nimg, name), tensors, self.recipe, self.train_source)
+        kept = {self.state.nimg} | ({self.state.best_nimg} if self.state.best_nimg is not None else set())
+        self.run.prune_weights(kept)
+        self._status("training")
+
+    # -- small parts --------------------------------------------------------------------------------------------------
+
+    def inference_twin(self, average: str | None = None) -> Family:
+        """A copy of the family in evaluation mode whose averaged modules carry a moving average's weights."""
+        self.twin.load_state_dict(self.family.state_dict())
+        chosen = self.averages[average or next(iter(self.averages))]
+        tensors = self._averaged(self.twin)
+        for name, value in chosen.state_dict().items():
+            tensors[name].copy_(value)
+        return self.twin
+
+    def _averaged(self, family: Family) -> dict[str, Tensor]:
+        prefixes = tuple(f"{name}." for name in family.averaged)
+        return {name: value for name, value in family.state_dict().items() if name.startswith(prefixes)}
+
+    def _trainable(self, phase: Phase) -> list[tuple[str, nn.Parameter]]:
+        prefixes = tuple(f"{name}." for name in phase.trains)
+        return [(name, p) for name, p in self.family.named_parameters() if name.startswith(prefixes)]
+
+    def _unfreeze(self, phase: Phase) -> None:
+        if self._open != phase.optimizer:
+            self.family.requires_grad_(False)
+            for _, parameter in self.params[phase.optimizer]:
+                parameter.requires_grad_(True)
+            self._open = phase.optimizer
+
+    def _clip(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        largest = self.config.clip_norm or math.inf
+        return nn.utils.clip_grad_norm_(list(parameters), largest, foreach=True)
+
+    def _note(self, phase: str, scalars: Mapping[str, Tensor]) -> None:
+        for name, value in scalars.items():
+            self._sums.setdefault(f"{phase}/{name}", []).append(value.detach().float())
+
+    def _seed(self, *keys: int | str) -> int:
+        return mix(self.config.seed, self.state.attempt, *keys)
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def _make_loader(self) -> None:
+        self.loader = Loader(
+            self.train_source,
+            seed=mix(self.config.seed, self.state.attempt),
+            batch=self.config.batch // self.state.accumulate,
+            device=self.device,
+            flip=self.recipe.data.flip,
+        )
+
+    def _compile(self) -> None:
+        """Compile the trained modules in place; where that fails the plain ones stay, and it is said once."""
+        try:
+            for name in dict.fromkeys(name for phase in self.family.phases for name in phase.trains):
+                self.family.get_submodule(name).compile()
+        except RuntimeError as error:
+            self.listener.say(f"torch.compile does not work here and is left out: {error}.")
+
+
+def _like(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """The tensor on the parameter's device and in its memory layout: optimizer kernels round differently otherwise."""
+    result = torch.empty_like(parameter, dtype=value.dtype)
+    result.copy_(value)
+    return result.detach()

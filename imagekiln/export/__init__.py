@@ -1,0 +1,1 @@
+"""Writers of other formats, each of which loads back what it wrote."""

@@ -1,0 +1,138 @@
+"""Diffusion and rectified flow in pixels: a U-Net learns to take noise away, with or without class labels.
+
+Path (variance preserving or rectified flow), target (v, x or eps) and the density of noise levels are three independent
+choices; with path "vp", target "v" and a log-normal density this is EDM (Karras et al. 2022, arXiv:2206.00364), with
+path "rf" it is rectified flow (Liu et al. 2023, arXiv:2209.03003). Labels are dropped at random in training, so that
+classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) is possible and unlabelled pictures are of use: both
+are the null class, the last row of the embedding.
+
+Shapes: B images, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from imagekiln.config import FamilyConfig, Fraction, Section
+from imagekiln.core import Batch, Condition, Family, Loss, Phase, Progress, seeded_noise
+from imagekiln.diffusion import densities, guidance, paths, samplers
+from imagekiln.errors import RecipeError, UsageError
+from imagekiln.nets.unet import UNet, UNetConfig
+
+DENOISING_SIGMA = 0.5
+"""Noise level at which `reconstruct` denoises: the picture is still recognisable, its texture is gone."""
+
+
+class Options(Section):
+    """How pictures are drawn."""
+
+    sampler: Literal["dpmpp_2m", "heun", "euler", "ddim"] = "dpmpp_2m"
+    steps: int = Field(18, ge=1, le=1000)
+    guidance: float = Field(1.0, ge=0, le=20, description="1 = none; larger follows the label more closely")
+    guidance_low: float = Field(0.0, ge=0, description="guide only where the noise level is above this")
+    guidance_high: float = Field(1e9, gt=0, description="and not above this")
+
+
+class Config(FamilyConfig):
+    """Settings of the diffusion family."""
+
+    name: str = "diffusion"
+    path: Literal["rf", "vp"] = "rf"
+    target: Literal["v", "x", "eps"] = "v"
+    density_mean: float = Field(-0.5, description="mean of ln sigma in training")
+    density_std: float = Field(1.2, gt=0, description="standard deviation of ln sigma in training")
+    widths: tuple[int, ...] = Field((64, 128, 128), min_length=1, description="channels by level, fine to coarse")
+    layers: int = Field(1, ge=1, le=8, description="residual blocks a level")
+    attention: tuple[bool, ...] = Field((False, False, True), description="self-attention by level")
+    dropout: Fraction = 0.0
+    label_dropout: Fraction = Field(0.1, description="share of labels hidden in training")
+    sample: Options = Options()
+
+
+class Diffusion(Family):
+    """A denoiser on a path from pictures to noise."""
+
+    Config = Config
+    optimizers = {"unet": {"name": "adamw", "lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.01}}
+    monitor = "denoise"
+    phases = (Phase("denoise", trains=("unet",)),)
+    averaged = ("unet",)
+
+    def __init__(self, config: Config, image_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__(config, image_shape, num_classes)
+        self.path = paths.path(config.path)
+        head = min(64, *config.widths)
+        try:
+            self.unet = UNet(
+                UNetConfig(
+                    sample_size=image_shape[1],
+                    in_channels=image_shape[0],
+                    out_channels=image_shape[0],
+                    block_out_channels=config.widths,
+                    layers_per_block=config.layers,
+                    attention=config.attention,
+                    attention_head_dim=head,
+                    norm_num_groups=min(32, *config.widths),
+                    resnet_time_scale_shift="scale_shift",
+                    dropout=config.dropout,
+                    num_class_embeds=num_classes + 1 if num_classes else None,
+                )
+            )
+        except UsageError as error:
+            raise RecipeError(f"family.widths = {list(config.widths)}: {error}") from error
+
+    def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
+        x, config = batch.images, self.config
+        spread = densities.stratified(torch.rand((), device=x.device), len(x))
+        sigma_B = densities.log_normal(spread, config.density_mean, config.density_std)
+        eps = torch.randn_like(x)
+        z = self.path.diffuse(x, eps, sigma_B)
+        labels_B = self._labels(batch.labels, len(x), x.device)
+        if labels_B is not None and self.training:
+            hidden_B = torch.rand(len(x), device=x.device) < config.label_dropout
+            labels_B = torch.where(hidden_B, self.num_classes, labels_B)
+        output = self.unet(z, self.path.time(sigma_B), labels_B)
+        error = output.float() - self.path.target(config.target, x, eps, sigma_B)
+        return Loss(error.square().mean())
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor, condition: Condition, options: Options | None = None) -> Tensor:
+        options = options or self.config.sample
+        labels_B = self._labels(condition.labels, len(noise), noise.device)
+        denoise = self._denoiser(labels_B)
+        if labels_B is not None and options.guidance != 1:
+            null_B = torch.full_like(labels_B, self.num_classes)
+            interval = (options.guidance_low, options.guidance_high)
+            denoise = guidance.guide(denoise, self._denoiser(null_B), options.guidance, interval)
+        x = samplers.sampler(options.sampler)(denoise, noise, samplers.sigmas(options.steps), self.path)
+        return x.clamp(-1, 1)
+
+    def noise_shape(self) -> tuple[int, ...]:
+        return self.image_shape
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Held-out pictures with noise of `DENOISING_SIGMA` added and taken away again, labels hidden."""
+        sigma_B = images.new_full((len(images),), DENOISING_SIGMA)
+        eps = seeded_noise(range(len(images)), self.image_shape).to(images)
+        labels_B = self._labels(None, len(images), images.device)
+        return self._denoiser(labels_B)(self.path.diffuse(images, eps, sigma_B), sigma_B).clamp(-1, 1)
+
+    def _denoiser(self, labels_B: Tensor | None) -> samplers.Denoiser:
+        def denoise(z: Tensor, sigma_B: Tensor) -> Tensor:
+            output = self.unet(z, self.path.time(sigma_B), labels_B).float()
+            return self.path.to_x(self.config.target, output, z, sigma_B)
+
+        return denoise
+
+    def _labels(self, labels_B: Tensor | None, count: int, device: torch.device) -> Tensor | None:
+        """Rows of the embedding: the null class for pictures without a label; None for a net without labels."""
+        if not self.num_classes:
+            return None
+        if labels_B is None:
+            return torch.full((count,), self.num_classes, dtype=torch.int64, device=device)
+        return torch.where(labels_B < 0, self.num_classes, labels_B)

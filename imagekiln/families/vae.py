@@ -1,0 +1,72 @@
+"""Variational autoencoder: pictures become points in a small space and back; beta weighs order against sharpness.
+
+Kingma & Welling 2014 (arXiv:1312.6114); beta as in Higgins et al. 2017. The likelihood is a Gaussian whose one standard
+deviation is learned (Rybkin et al. 2021, arXiv:2006.13202), so reconstruction and divergence balance themselves and
+both are in nats per picture.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from imagekiln.config import FamilyConfig
+from imagekiln.core import Batch, Condition, Family, Loss, Phase, Progress
+from imagekiln.nets.autoencoder import VaeDecoder, VaeEncoder
+
+LOWEST_LOG_STD = math.log(1 / 255)
+"""Half an 8-bit grey level in [-1, 1]: no picture is known more exactly than that."""
+
+
+class Config(FamilyConfig):
+    """Settings of the VAE family."""
+
+    name: str = "vae"
+    z_dim: int = Field(32, ge=1, description="dimensions of the latent space")
+    width: int = Field(32, ge=8, description="channels of the finest level")
+    beta: float = Field(1.0, ge=0, description="weight of the divergence from the prior; above 1 = beta-VAE")
+
+
+class Vae(Family):
+    """An encoder to a Gaussian, a decoder from it, and the scale of the decoder's error."""
+
+    Config = Config
+    optimizers = {"decoder-encoder-noise": {"name": "adamw", "lr": 1e-3, "betas": (0.9, 0.99)}}
+    monitor = "elbo"
+    phases = (Phase("elbo", trains=("encoder", "decoder", "noise")),)
+    averaged = ("encoder", "decoder", "noise")
+
+    def __init__(self, config: Config, image_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__(config, image_shape, num_classes)
+        self.encoder = VaeEncoder(image_shape, config.width, config.z_dim, num_classes)
+        self.decoder = VaeDecoder(image_shape, config.width, config.z_dim, num_classes)
+        self.noise = nn.ParameterDict({"log_std": nn.Parameter(torch.tensor(-1.0))})
+
+    def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
+        x, config = batch.images, self.config
+        mean, logvar = (part.float() for part in self.encoder(x, batch.labels))
+        z = mean + torch.exp(logvar / 2) * torch.randn_like(mean)
+        log_std = self.noise["log_std"].clamp(min=LOWEST_LOG_STD)
+        error = (x - self.decoder(z, batch.labels).float()).flatten(1).square()
+        nats = (error / (2 * torch.exp(2 * log_std)) + log_std + math.log(2 * math.pi) / 2).sum(1).mean()
+        divergence = (mean.square() + logvar.exp() - 1 - logvar).sum(1).mean() / 2
+        objective = nats + config.beta * divergence
+        parts = {"elbo_nats": -(nats + divergence), "reconstruction_nats": nats, "divergence_nats": divergence}
+        # Differentiated per pixel, so that one learning rate and clipping norm suit all picture sizes.
+        return Loss(objective / x[0].numel(), parts)
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor, condition: Condition, options: None = None) -> Tensor:
+        return self.decoder(noise, condition.labels).clamp(-1, 1)
+
+    def noise_shape(self) -> tuple[int, ...]:
+        return (self.config.z_dim,)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """The decoder's answer to the middle of what the encoder says, labels hidden."""
+        mean, _ = self.encoder(images, None)
+        return self.decoder(mean, None).clamp(-1, 1)

@@ -1,0 +1,126 @@
+"""Variational autoencoder networks: residual convolutional encoder and decoder around one latent vector.
+
+After Kingma and Welling (2014), with the layers of later autoencoders: group normalisation and SiLU, one residual block
+a resolution, strided convolutions down and nearest-neighbour upsampling with convolutions up (Odena et al. 2016: no
+checkerboard). Any height and width will do: sides are halved, rounding up, until none is longer than 4.
+
+Shapes: B pictures, Z latent dimensions, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+from torch import Tensor, cat, nn
+
+from imagekiln.nets.labels import LabelEmbedding
+from imagekiln.nets.layers import group_norm_silu, upsample_nearest
+
+LABEL_WIDTH = 32
+"""Dimensions a label takes beside z in the decoder."""
+
+LOGVAR_RANGE = (-20.0, 10.0)
+"""Log-variances are kept in here, so that a bad batch early in a run cannot overflow the loss."""
+
+
+def pyramid(image_shape: tuple[int, int, int], width: int) -> list[tuple[int, int, int]]:
+    """(channels, height, width) of the features after every halving.
+
+    >>> pyramid((1, 28, 28), 32)
+    [(32, 14, 14), (64, 7, 7), (128, 4, 4)]
+    """
+    _, rows, columns = image_shape
+    shapes: list[tuple[int, int, int]] = []
+    while not shapes or max(rows, columns) > 4:
+        rows, columns = math.ceil(rows / 2), math.ceil(columns / 2)
+        shapes.append((width * min(2 ** len(shapes), 4), rows, columns))
+    return shapes
+
+
+class VaeEncoder(nn.Module):
+    """From pictures to the mean and log-variance of a Gaussian over z.
+
+    image_shape: (C, H, W). width: channels at half resolution, up to 4 times as many below. z_dim: latent dimensions Z.
+    num_classes: 0 for an encoder without labels.
+
+    >>> import torch
+    >>> mean_BZ, logvar_BZ = VaeEncoder((1, 28, 28), width=32, z_dim=16)(torch.zeros(2, 1, 28, 28))
+    >>> mean_BZ.shape, logvar_BZ.shape
+    (torch.Size([2, 16]), torch.Size([2, 16]))
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], width: int, z_dim: int, num_classes: int = 0) -> None:
+        super().__init__()
+        shapes = pyramid(image_shape, width)
+        channels = [shape[0] for shape in shapes]
+        self.stem = nn.Conv2d(image_shape[0], width, 5, stride=2, padding=2)
+        self.labels = LabelEmbedding(num_classes, width) if num_classes else None
+        self.blocks = nn.ModuleList(_Residual(count) for count in channels)
+        self.downs = nn.ModuleList(
+            nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after in pairwise(channels)
+        )
+        self.norm = _norm(channels[-1])
+        self.head = nn.Linear(math.prod(shapes[-1]), 2 * z_dim)
+
+    def forward(self, images_BCHW: Tensor, labels_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(mean_BZ, logvar_BZ). images_BCHW in [-1, 1]; labels_B: int64, -1 = unknown; None = all of them unknown."""
+        x_BCHW = self.stem(images_BCHW)
+        if self.labels is not None:
+            x_BCHW = x_BCHW + self.labels(labels_B, len(x_BCHW))[:, :, None, None]
+        x_BCHW = self.blocks[0](x_BCHW)
+        for down, block in zip(self.downs, self.blocks[1:], strict=True):
+            x_BCHW = block(down(x_BCHW))
+        mean_BZ, logvar_BZ = self.head(group_norm_silu(x_BCHW, self.norm).flatten(1)).chunk(2, dim=1)
+        return mean_BZ, logvar_BZ.clamp(*LOGVAR_RANGE)
+
+
+class VaeDecoder(nn.Module):
+    """From z to the mean picture: the encoder in reverse. Arguments as for `VaeEncoder`.
+
+    >>> import torch
+    >>> VaeDecoder((1, 28, 28), width=32, z_dim=16)(torch.randn(2, 16)).shape
+    torch.Size([2, 1, 28, 28])
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], width: int, z_dim: int, num_classes: int = 0) -> None:
+        super().__init__()
+        shapes = pyramid(image_shape, width)[::-1]
+        channels = [*(shape[0] for shape in shapes), max(width // 2, 8)]
+        self.start = shapes[0]
+        self.sizes = [*(shape[1:] for shape in shapes[1:]), image_shape[1:]]
+        self.labels = LabelEmbedding(num_classes, LABEL_WIDTH) if num_classes else None
+        self.stem = nn.Linear(z_dim + (LABEL_WIDTH if num_classes else 0), math.prod(self.start))
+        self.blocks = nn.ModuleList(_Residual(count) for count in channels[:-1])
+        self.ups = nn.ModuleList(nn.Conv2d(before, after, 3, padding=1) for before, after in pairwise(channels))
+        self.norm = _norm(channels[-1])
+        self.head = nn.Conv2d(channels[-1], image_shape[0], 3, padding=1)
+
+    def forward(self, z_BZ: Tensor, labels_B: Tensor | None = None) -> Tensor:
+        """images_BCHW in [-1, 1]: the mean of the Gaussian over pictures. labels_B as for the encoder."""
+        if self.labels is not None:
+            z_BZ = cat([z_BZ, self.labels(labels_B, len(z_BZ))], dim=1)
+        x_BCHW = self.stem(z_BZ).unflatten(1, self.start)
+        for block, up, size in zip(self.blocks, self.ups, self.sizes, strict=True):
+            x_BCHW = up(upsample_nearest(block(x_BCHW), size))
+        return self.head(group_norm_silu(x_BCHW, self.norm)).tanh()
+
+
+class _Residual(nn.Module):
+    """x + conv(act(norm(conv(act(norm(x)))))), the identity at initialisation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = _norm(channels), _norm(channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        for parameter in self.conv2.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        hidden_BCHW = self.conv1(group_norm_silu(x_BCHW, self.norm1))
+        return x_BCHW + self.conv2(group_norm_silu(hidden_BCHW, self.norm2))
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(8, channels), channels)

@@ -1,0 +1,117 @@
+"""DCGAN: the convolutional generator and discriminator of Radford, Metz and Chintala (2016).
+
+Transposed and strided 4x4 convolutions, batch normalisation, and normal initialisation of standard deviation 0.02. The
+sizes and the `state_dict` keys are those of the DCGAN in pytorch/examples: at 64 pixels, 3 channels and a z of 100 the
+networks have 3,576,704 and 2,765,568 parameters. Besides the paper: any size base * 2^k with base 4 to 7, class labels
+(embedding beside z in the generator, projection in the discriminator: Miyato and Koyama 2018), and a discriminator that
+answers logits, so that every adversarial loss can be used with it.
+
+Shapes: B pictures, Z latent dimensions, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch import Tensor, cat, nn
+
+from imagekiln.errors import RecipeError
+from imagekiln.nets.labels import LabelEmbedding
+
+LABEL_WIDTH = 32
+"""Dimensions a label takes beside z."""
+
+
+def halvings(image_shape: tuple[int, int, int]) -> tuple[int, tuple[int, int]]:
+    """How often pictures of this shape are halved, and the height and width they then have.
+
+    `RecipeError` names the nearest possible sizes when height and width are not base * 2^k with bases of 4 to 7.
+
+    >>> halvings((3, 64, 64)), halvings((1, 28, 28))
+    ((4, (4, 4)), (2, (7, 7)))
+    """
+    _, height, width = image_shape
+    for count in range(1, 12):
+        bases = height >> count, width >> count
+        exact = (bases[0] << count, bases[1] << count) == (height, width)
+        if exact and all(4 <= base <= 7 for base in bases):
+            return count, bases
+    possible = sorted(base << count for base in range(4, 8) for count in range(1, 12))
+    near = {side: sorted(possible, key=lambda size: abs(size - side))[:2] for side in (height, width)}
+    mend = " and ".join(f"{min(sizes)} or {max(sizes)} for {side}" for side, sizes in near.items() if side not in sizes)
+    raise RecipeError(
+        f"A DCGAN cannot draw pictures of {height} x {width} pixels: height and width must be 4, 5, 6 or 7 doubled "
+        f"equally often. Possible near by: {mend or f'squares of {height} or {width}'}."
+    )
+
+
+class Generator(nn.Module):
+    """From latent vectors to pictures.
+
+    z_dim: latent dimensions Z. image_shape: (C, H, W). width: channels before the last layer, doubled at each halving
+    of the picture. num_classes: 0 for a generator without labels. Raises `RecipeError` for an impossible size.
+
+    >>> import torch
+    >>> Generator(100, (3, 32, 32))(torch.randn(2, 100)).shape
+    torch.Size([2, 3, 32, 32])
+    """
+
+    def __init__(self, z_dim: int, image_shape: tuple[int, int, int], width: int = 64, num_classes: int = 0) -> None:
+        super().__init__()
+        count, base = halvings(image_shape)
+        self.labels = LabelEmbedding(num_classes, LABEL_WIDTH) if num_classes else None
+        channels = [width << level for level in reversed(range(count))]
+        inputs = z_dim + (LABEL_WIDTH if num_classes else 0)
+        layers = [nn.ConvTranspose2d(inputs, channels[0], base, bias=False), *_norm_relu(channels[0])]
+        for before, after in pairwise(channels):
+            layers += [nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False), *_norm_relu(after)]
+        self.main = nn.Sequential(
+            *layers, nn.ConvTranspose2d(channels[-1], image_shape[0], 4, 2, 1, bias=False), nn.Tanh()
+        )
+        self.apply(_initialise)
+
+    def forward(self, z_BZ: Tensor, labels_B: Tensor | None = None) -> Tensor:
+        """images_BCHW in [-1, 1] from standard normal z_BZ. labels_B: int64, -1 = anything; None = all of them -1."""
+        if self.labels is not None:
+            z_BZ = cat([z_BZ, self.labels(labels_B, len(z_BZ))], dim=1)
+        return self.main(z_BZ[:, :, None, None])
+
+
+class Discriminator(nn.Module):
+    """From pictures to one logit each: positive for "real". Arguments as for `Generator`.
+
+    >>> import torch
+    >>> Discriminator((3, 32, 32), num_classes=10)(torch.zeros(2, 3, 32, 32), torch.tensor([7, -1])).shape
+    torch.Size([2])
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], width: int = 64, num_classes: int = 0) -> None:
+        super().__init__()
+        count, base = halvings(image_shape)
+        channels = [width << level for level in range(count)]
+        layers = [nn.Conv2d(image_shape[0], width, 4, 2, 1, bias=False), nn.LeakyReLU(0.2)]
+        for before, after in pairwise(channels):
+            layers += [nn.Conv2d(before, after, 4, 2, 1, bias=False), nn.BatchNorm2d(after), nn.LeakyReLU(0.2)]
+        self.main = nn.Sequential(*layers, nn.Conv2d(channels[-1], 1, base, bias=False))
+        self.labels = LabelEmbedding(num_classes, channels[-1]) if num_classes else None
+        self.apply(_initialise)
+
+    def forward(self, images_BCHW: Tensor, labels_B: Tensor | None = None) -> Tensor:
+        """logits_B. images_BCHW in [-1, 1]; labels_B as for the generator."""
+        features_BCHW = self.main[:-1](images_BCHW)
+        logits_B = self.main[-1](features_BCHW).flatten()
+        if self.labels is not None:
+            logits_B = logits_B + (self.labels(labels_B, len(logits_B)) * features_BCHW.sum(dim=(2, 3))).sum(dim=1)
+        return logits_B
+
+
+def _norm_relu(channels: int) -> tuple[nn.Module, nn.Module]:
+    return nn.BatchNorm2d(channels), nn.ReLU()
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Embedding):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,109 @@
+"""Compiles this folder's C source once, with the system's C compiler, and loads it.
+
+Nothing here is needed for a right result: without a compiler, or with IMAGEKILN_NO_NATIVE=1 in the environment, `library`
+says why there is none and the caller uses PyTorch. The compiled file lies in the user's cache directory under a hash of
+everything it depends on (source, compiler, flags, processor), written aside and renamed, so that processes that start
+together and homes shared by different machines are both safe.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+_FLAGS = ("-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
+_TUNING = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
+
+
+class Job(ctypes.Structure):
+    """The C struct `Job` of group_norm_silu.c; pointers are addresses of contiguous storage."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "dy", "out", "offset", "gain", "bias", "mean", "rstd")),
+        *((name, ctypes.c_void_p) for name in ("dgain", "dbias", "doffset")),
+        *((name, ctypes.c_int64) for name in ("images", "pixels", "channels", "groups", "row_stride")),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_int32) for name in ("is_bf16", "is_silu")),
+        *((name, ctypes.c_int64) for name in ("next", "failed")),
+    ]
+
+
+class Unavailable(Exception):
+    """There is no compiled library; the message is a clause that says why."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | str:
+    """The loaded library, compiled on the first call (about two seconds), or a clause that says why there is none."""
+    if os.environ.get("IMAGEKILN_NO_NATIVE", "") not in ("", "0"):
+        return "IMAGEKILN_NO_NATIVE is set"
+    try:
+        return _load()
+    except (Unavailable, OSError, subprocess.SubprocessError) as error:
+        return str(error).strip() or type(error).__name__
+
+
+@functools.cache
+def parallel() -> ctypes.c_void_p:
+    """Address of GOMP_parallel in the OpenMP runtime that PyTorch uses; null when there is none, which means one thread."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)
+    except (AttributeError, OSError, TypeError):
+        return ctypes.c_void_p(None)
+
+
+def _load() -> ctypes.CDLL:
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise Unavailable("there is no C compiler")
+    source = resources.files(__package__).joinpath("group_norm_silu.c").read_bytes()
+    identity = [source, compiler.encode(), repr((_FLAGS, _TUNING)).encode(), _processor().encode()]
+    name = f"group_norm_silu-{hashlib.sha256(b'|'.join(identity)).hexdigest()[:24]}.so"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imagekiln"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        if not (cache / name).exists():
+            _compile(compiler, source, cache / name)
+        return _bind(cache / name)
+    except OSError:  # no home, a full or read-only disk, a damaged file: compile for this process alone
+        with tempfile.TemporaryDirectory(prefix="imagekiln-") as folder:
+            _compile(compiler, source, Path(folder, name))
+            return _bind(Path(folder, name))
+
+
+def _compile(compiler: str, source: bytes, target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        path, built = Path(folder, "source.c"), Path(folder, "built.so")
+        path.write_bytes(source)
+        for tuning in _TUNING:
+            command = [compiler, *_FLAGS, *tuning, "-o", str(built), str(path), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+            if done.returncode == 0:
+                os.replace(built, target)
+                return
+    raise Unavailable(f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+
+
+def _bind(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))
+    loaded.imagekiln_group_norm_silu.argtypes = [ctypes.POINTER(Job), ctypes.c_void_p, ctypes.c_uint]
+    loaded.imagekiln_group_norm_silu.restype = ctypes.c_int
+    return loaded
+
+
+def _processor() -> str:
+    """What `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        kept = [line for line in lines if line.split("\t")[0].strip() in ("model name", "flags", "Features", "CPU part")]
+    except OSError:
+        kept = []
+    return "\n".join([platform.machine(), platform.processor(), *kept])

@@ -1,0 +1,190 @@
+"""Layers shared by the networks: group normalisation with modulation and SiLU in one pass, and nearest upsampling.
+
+Group normalisation: Wu & He 2018 (arXiv:1803.08494). PyTorch's own is slow on the CPU when the channels are last, which is
+the layout convolutions are fastest in; the native kernel (`kernels/group_norm_silu.c`) mends that, and the plain formula
+stands in wherever the kernel does not apply, with the same result up to rounding.
+
+Shapes: B images, C channels, H rows, W columns, G groups.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imagekiln.errors import OutOfMemory
+from imagekiln.nets import kernels
+
+
+def group_norm_silu(
+    x_BCHW: Tensor,
+    norm: nn.GroupNorm,
+    *,
+    offset_BC: Tensor | None = None,
+    scale_BC: Tensor | None = None,
+    shift_BC: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
+    """silu(norm(x + offset) * (1 + scale) + shift); every modulation may be absent.
+
+    Differentiable as often as one likes. Rounding of the result does not depend on the number of threads.
+
+    Args:
+        x_BCHW: Any floating dtype; the native kernel takes float32 and bfloat16 on the CPU with channels last.
+        norm: Its groups, eps, weight and bias are used.
+        offset_BC: Added to every pixel before the normalisation.
+        scale_BC: Modulation after the normalisation; 0 changes nothing.
+        shift_BC: Modulation after the normalisation.
+        silu: Whether to apply x * sigmoid(x) at the end.
+
+    >>> group_norm_silu(torch.full((1, 4, 2, 2), 3.0), nn.GroupNorm(2, 4)).abs().max().item()
+    0.0
+    """
+    if not _fits_kernel(x_BCHW):
+        offset = None if offset_BC is None else offset_BC[:, :, None, None]
+        y_BCHW = F.group_norm(
+            x_BCHW if offset is None else x_BCHW + offset, norm.num_groups, norm.weight, norm.bias, norm.eps
+        )
+        if scale_BC is not None:
+            y_BCHW = y_BCHW * (1 + scale_BC[:, :, None, None])
+        if shift_BC is not None:
+            y_BCHW = y_BCHW + shift_BC[:, :, None, None]
+        return F.silu(y_BCHW) if silu else y_BCHW
+    gain, bias = norm.weight.float(), norm.bias.float()
+    if scale_BC is not None:
+        scale_BC = 1 + scale_BC.float()
+        gain, bias = gain * scale_BC, bias * scale_BC
+    if shift_BC is not None:
+        bias = bias + shift_BC.float()
+    if gain.ndim != bias.ndim:
+        gain = gain.expand_as(bias)
+    offset_BC = None if offset_BC is None else offset_BC.float().contiguous()
+    return _FusedNorm.apply(x_BCHW, offset_BC, gain.contiguous(), bias.contiguous(), norm.num_groups, norm.eps, silu)
+
+
+def upsample_nearest(x_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """Nearest-neighbour resize to (rows, columns)."""
+    return F.interpolate(x_BCHW, size=size, mode="nearest")
+
+
+def fused_norm_available() -> str:
+    """A sentence about the native kernel for the environment check; begins with "yes" or "no".
+
+    >>> fused_norm_available().split(":")[0] in ("yes", "no")
+    True
+    """
+    reason = _kernel_fault()
+    if reason:
+        return f"no: {reason}, so group normalisation on the CPU is PyTorch's own, which is slower."
+    threads = "PyTorch's threads" if kernels.parallel().value else "one thread, because PyTorch's OpenMP was not found"
+    return f"yes: the native group normalisation is compiled, checked, and runs on {threads}."
+
+
+def prefers_channels_last(images_BCHW: Tensor) -> bool:
+    """Whether a network should lay out its activations with the channels last for these pictures."""
+    return images_BCHW.dtype in _DTYPES and _may_use_kernel(images_BCHW)
+
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _may_use_kernel(x: Tensor) -> bool:
+    if x.device.type != "cpu" or type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return not _kernel_fault()
+
+
+def _fits_kernel(x_BCHW: Tensor) -> bool:
+    dense = x_BCHW.ndim == 4 and x_BCHW.numel() > 0 and x_BCHW.is_contiguous(memory_format=torch.channels_last)
+    return dense and x_BCHW.dtype in _DTYPES and _may_use_kernel(x_BCHW)
+
+
+class _FusedNorm(torch.autograd.Function):
+    """y = act((x + offset - mean) * rstd * gain + bias), gain and bias (C) or (B, C), on the native kernel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, offset: Tensor | None, gain: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+    ) -> Tensor:
+        y = torch.empty_like(x, memory_format=torch.channels_last)
+        mean = torch.empty(x.shape[0], groups)
+        rstd = torch.empty(x.shape[0], groups)
+        _run(x=x, out=y, offset=offset, gain=gain, bias=bias, mean=mean, rstd=rstd, eps=eps, silu=silu)
+        ctx.save_for_backward(x, offset, gain, bias, mean, rstd)
+        ctx.settings = groups, eps, silu
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, offset, gain, bias, mean, rstd = ctx.saved_tensors
+        groups, eps, silu = ctx.settings
+        if torch.is_grad_enabled():  # someone will differentiate again
+            inputs = [tensor for tensor in (x, offset, gain, bias) if tensor is not None and tensor.requires_grad]
+            y = _formula(x, offset, gain, bias, groups, eps, silu)
+            grads = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
+            chosen = [tensor is not None and tensor.requires_grad for tensor in (x, offset, gain, bias)]
+            return (*(next(grads) if has else None for has in chosen), None, None, None)
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        dx = torch.empty_like(x, memory_format=torch.channels_last)
+        dgain, dbias = (torch.empty(x.shape[:2]) for _ in range(2))
+        doffset = None if offset is None else torch.empty(x.shape[:2])
+        forward = {"x": x, "offset": offset, "gain": gain, "bias": bias, "mean": mean, "rstd": rstd}
+        _run(**forward, dy=dy, out=dx, dgain=dgain, dbias=dbias, doffset=doffset, eps=eps, silu=silu)
+        if gain.ndim == 1:
+            dgain, dbias = dgain.sum(0), dbias.sum(0)
+        return dx, doffset, dgain, dbias, None, None, None
+
+
+def _formula(
+    x: Tensor, offset: Tensor | None, gain: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+) -> Tensor:
+    """What `_FusedNorm` computes, in PyTorch."""
+    B, C = x.shape[:2]
+    v = x.float() if offset is None else x.float() + offset[:, :, None, None]
+    z = F.group_norm(v, groups, eps=eps) * gain.view(-1, C, 1, 1) + bias.view(-1, C, 1, 1)
+    return (F.silu(z) if silu else z).to(x.dtype)
+
+
+def _run(*, eps: float, silu: bool, **tensors: Tensor | None) -> None:
+    """Call the kernel: backward when `dy` is among the tensors."""
+    x, gain, mean = tensors["x"], tensors["gain"], tensors["mean"]
+    B, C, H, W = x.shape
+    job = kernels.Job(
+        images=B,
+        pixels=H * W,
+        channels=C,
+        groups=mean.shape[1],
+        row_stride=C if gain.ndim == 2 else 0,
+        eps=eps,
+        is_bf16=x.dtype == torch.bfloat16,
+        is_silu=silu,
+        **{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None},
+    )
+    library = kernels.library()
+    if library.imagekiln_group_norm_silu(ctypes.byref(job), kernels.parallel(), torch.get_num_threads()):
+        raise OutOfMemory(f"Normalising {B} x {C} x {H} x {W} activations ran out of memory. Use a smaller batch.")
+
+
+@functools.cache
+def _kernel_fault() -> str:
+    """Why the native kernel must not be used, or "": compiles it, and compares it with the formula on a small case."""
+    library = kernels.library()
+    if isinstance(library, str):
+        return library
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)
+        x, dy = (torch.randn(2, 24, 5, 3).contiguous(memory_format=torch.channels_last) for _ in range(2))
+        inputs = [x, *(torch.randn(2, 24) for _ in range(3))]
+        for tensor in inputs:
+            tensor.requires_grad_()
+        wanted = _formula(*inputs, 3, 1e-5, True)
+        wanted = [wanted, *torch.autograd.grad(wanted, inputs, dy)]
+        found = _FusedNorm.apply(*inputs, 3, 1e-5, True)
+        found = [found, *torch.autograd.grad(found, inputs, dy)]
+    same = all(torch.allclose(one, other, atol=1e-4, rtol=1e-4) for one, other in zip(wanted, found, strict=True))
+    return "" if same else "the compiled kernel gave wrong numbers on this machine"

@@ -1,0 +1,49 @@
+"""Optimizers by name: an `OptimizerConfig` and named parameters become a torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imagekiln.config import OptimizerConfig
+from imagekiln.errors import RecipeError, did_you_mean
+
+_ADAMS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+NAMES = (*_ADAMS, "sgd", "rmsprop")
+
+_FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
+"""Where torch has one kernel for a whole step of Adam, AdamW and SGD."""
+
+
+def build(config: OptimizerConfig, named_parameters: Iterable[tuple[str, Tensor]]) -> torch.optim.Optimizer:
+    """The optimizer of this name over these parameters, with their names kept in its groups.
+
+    Parameters of fewer than two dimensions (biases, gains) are not decayed. One fused kernel does a step where torch
+    has it for the device; elsewhere torch chooses: grouped kernels on CUDA, a loop on the CPU, where that is faster.
+    Raises `RecipeError` for an unknown name and when there is nothing to train.
+
+    >>> layer = torch.nn.Linear(2, 2)
+    >>> optimizer = build(OptimizerConfig(weight_decay=0.1), layer.named_parameters())
+    >>> [(group["param_names"], group["weight_decay"]) for group in optimizer.param_groups]
+    [(['weight'], 0.1), (['bias'], 0.0)]
+    """
+    parameters = list(named_parameters)
+    if not parameters:
+        raise RecipeError(f"The optimizer {config.name} was given no parameters: its modules have nothing to train.")
+    groups: list[dict[str, Any]] = [
+        {"params": [(name, p) for name, p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [(name, p) for name, p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    fusible = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for _, p in parameters)
+    kernels = {"fused": True} if fusible else {}
+    if config.name in _ADAMS:
+        return _ADAMS[config.name](groups, lr=config.lr, betas=config.betas, eps=config.eps, **kernels)
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, **kernels)
+    if config.name == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=config.lr, alpha=config.alpha, eps=config.eps, momentum=config.momentum)
+    raise RecipeError(f"No optimizer is called {config.name!r}. {did_you_mean(config.name, NAMES)}")

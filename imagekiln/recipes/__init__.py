@@ -1,0 +1,1 @@
+"""Recipes: complete TOML files; a recipe is named by its file."""
