@@ -104,6 +104,7 @@ def train(
                 wanted, rate = plan.within(wanted, dataset, minutes)
                 listener.say(f"{rate.img_per_sec:.0f} images/s: {wanted.train.total_kimg:g} kimg in {minutes:g} minutes.")
             run = Run.create(run.path, write_toml(wanted), _meta(wanted, dataset))
+        if not run.picture_path("real").is_file():
             _draw_real(run, wanted, dataset)
         listeners = [listener] + ([TensorBoard(run)] if wanted.train.tensorboard else [])
         trainer = Trainer(

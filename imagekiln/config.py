@@ -6,7 +6,7 @@ An unknown key is an error that names the nearest known one. A recipe is frozen:
 
 from __future__ import annotations
 
-import json
+import copy
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -174,7 +174,7 @@ def override(values: dict[str, Any], assignments: Iterable[str]) -> dict[str, An
     >>> override({"train": {"batch": 64}}, ["train.batch=8", "data.path=my photos"])
     {'train': {'batch': 8}, 'data': {'path': 'my photos'}}
     """
-    result = json.loads(json.dumps(values))
+    result = copy.deepcopy(values)
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
@@ -187,7 +187,7 @@ def override(values: dict[str, Any], assignments: Iterable[str]) -> dict[str, An
                 raise RecipeError(f"--set {assignment!r}: {parent} is a value, not a section.")
         try:
             section[last] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except ValueError:  # not TOML, or a number of thousands of digits
             section[last] = text.strip()
     return result
 

@@ -6,9 +6,21 @@
 
 from __future__ import annotations
 
+from imagekiln.data.decode import open_own
 from imagekiln.data.files import printable
 from imagekiln.data.loader import Loader, to_float, to_uint8
-from imagekiln.data.pack import cache_folder, load
+from imagekiln.data.pack import cache_folder, load, write_prepared
 from imagekiln.data.source import Dataset, MemmapSource
 
-__all__ = ["Dataset", "Loader", "MemmapSource", "cache_folder", "load", "printable", "to_float", "to_uint8"]
+__all__ = [
+    "Dataset",
+    "Loader",
+    "MemmapSource",
+    "cache_folder",
+    "load",
+    "open_own",
+    "printable",
+    "to_float",
+    "to_uint8",
+    "write_prepared",
+]

@@ -25,7 +25,7 @@ from typing import BinaryIO, Literal
 import numpy as np
 from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError
 
-from imagekiln.errors import ImagekilnError, UsageError
+from imagekiln.errors import DataError, ImagekilnError, UsageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 100_000_000
@@ -75,6 +75,14 @@ def open_safely(file: Path | BinaryIO, *, max_pixels: int = MAX_PIXELS, short_si
                 image = image.transpose(turn)
             image.info.clear()
             return image
+
+
+def open_own(path: Path) -> Image.Image:
+    """A picture this program wrote itself, such as a preview, read as carefully. Raises `DataError`."""
+    try:
+        return open_safely(path)
+    except Unusable as error:
+        raise DataError(f"{path} cannot be read: {error}.") from None
 
 
 def probe(file: Path | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple, Protocol
 
 from imagekiln.data.decode import Unusable
-from imagekiln.errors import DataError, UsageError
+from imagekiln.errors import DataError, ImagekilnError, UsageError
 
 MAX_MEMBERS = 500_000
 MAX_TOTAL_BYTES = 64 * 2**30
@@ -62,7 +62,7 @@ def files_of(path: Path) -> Files:
         return ZipFiles(path)
     raise UsageError(
         f"{printable(str(path))} is a file; expected a folder of pictures or a zip of one. "
-        f"To use this picture's folder, give {printable(str(path.parent))}."
+        f"To use a picture, give the folder it lies in: {printable(str(path.parent))}."
     )
 
 
@@ -166,11 +166,9 @@ class ZipFiles:
     def open(self, name: str) -> BinaryIO:
         try:
             return io.BytesIO(self._zip.read(self._members[name]))
-        except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, NotImplementedError) as error:
-            raise Unusable("damaged in the zip") from error
-        except Exception as error:  # zlib.error, lzma.LZMAError and their kin share no ancestor
-            if type(error).__module__.startswith("imagekiln"):
-                raise
+        except ImagekilnError:
+            raise
+        except Exception as error:  # zlib.error, lzma.LZMAError, BadZipFile and their kin share no ancestor
             raise Unusable("damaged in the zip") from error
 
     def read(self, name: str, limit: int) -> bytes:
@@ -217,6 +215,9 @@ def _missing(path: Path) -> str:
     if folder is None:
         return f"{given} does not exist."
     wanted = path.parts[len(folder.parts)] if folder != Path(".") else path.parts[0]
-    near = difflib.get_close_matches(wanted, (entry.name for entry in os.scandir(folder)), n=3, cutoff=0.5)
+    try:
+        near = difflib.get_close_matches(wanted, os.listdir(folder), n=3, cutoff=0.5)
+    except PermissionError:
+        near = []
     hint = f"Did you mean {' or '.join(repr(printable(str(folder / name))) for name in near)}?" if near else ""
     return f"{given} does not exist. {hint}".rstrip()

@@ -71,12 +71,46 @@ def load(data: DataConfig, cache: Path | None = None, progress: ProgressFn | Non
     if data.path.startswith("builtin:"):
         name = data.path.removeprefix("builtin:")
         return _published(name, builtin.load(name, cache), data)
-    path = Path(data.path).expanduser()
+    path = Path(os.path.expanduser(data.path))
     if all(os.path.isfile(path / file) for file in _FILES):
         return _packed(path, data)
     if (published := builtin.recognise(path)) is not None:
         return _published(published[0], builtin.read(*published), data)
     return _pictures(path, data, cache, progress)
+
+
+def write_prepared(data: DataConfig, out: Path, progress: ProgressFn | None = None) -> Dataset:
+    """Pack the pictures of `data` into the folder `out`, which is DATA from then on, and open it.
+
+    Raises what `load` raises, and `UsageError` when `out` holds something already or `data` is packed already.
+    """
+    decode.colour(data.background)
+    if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
+        raise UsageError(f"{out} is not an empty folder. Give --out a new one.")
+    if not data.path:
+        raise UsageError("data.path is empty. Give a folder of pictures, a zip of one, or builtin:digits.")
+    path = Path(os.path.expanduser(data.path))
+    if all(os.path.isfile(path / file) for file in _FILES):
+        raise UsageError(f"{path} is prepared already. Give it as DATA.")
+    if data.path.startswith("builtin:"):
+        name = data.path.removeprefix("builtin:")
+        known: tuple[str, builtin.Arrays] | None = name, builtin.load(name, cache_folder())
+    else:
+        published = builtin.recognise(path)
+        known = (published[0], builtin.read(*published)) if published else None
+    found = scan.find(path) if known is None else None
+
+    def write(folder: Path) -> None:
+        if known is not None:
+            _pack_published(*known, data, folder)
+        elif found is not None:
+            _pack(found, data, folder, progress)
+
+    try:
+        _write_aside(out, write)
+    except OSError as error:
+        raise DiskError(f"{out} cannot be written ({error.strerror or error}).") from None
+    return _packed(out, data)
 
 
 def cache_folder() -> Path:
@@ -98,16 +132,39 @@ def cache_folder() -> Path:
 
 
 def _published(name: str, arrays: builtin.Arrays, data: DataConfig) -> Dataset:
+    table = _table(arrays, data)
+    held_out = _test_split(arrays)
+    return dataset(
+        name,
+        table,
+        split(table.digests, data.validation_fraction) if held_out is None else held_out,
+        list(arrays.notices),
+        [],
+    )
+
+
+def _table(arrays: builtin.Arrays, data: DataConfig) -> Table:
     images_NHWC = builtin.brought_to(arrays.images_NHWC, data.size, data.channels)
     images_NCHW = np.ascontiguousarray(images_NHWC.transpose(0, 3, 1, 2))
-    digests = [digest(image) for image in images_NCHW]
     files = [f"{index:06d}" for index in range(len(images_NCHW))]
-    table = Table(images_NCHW, arrays.labels, arrays.class_names, digests, files)
-    if arrays.num_validation:
-        held_out = np.arange(len(digests)) >= len(digests) - arrays.num_validation
-    else:
-        held_out = split(digests, data.validation_fraction)
-    return dataset(name, table, held_out, list(arrays.notices), [])
+    return Table(images_NCHW, arrays.labels, arrays.class_names, [digest(image) for image in images_NCHW], files)
+
+
+def _test_split(arrays: builtin.Arrays) -> np.ndarray | None:
+    """Which pictures are the published test split; None where there is none."""
+    total = len(arrays.labels)
+    return np.arange(total) >= total - arrays.num_validation if arrays.num_validation else None
+
+
+def _pack_published(name: str, arrays: builtin.Arrays, data: DataConfig, folder: Path) -> None:
+    """Write a published set as the files of a packed folder, its test split marked."""
+    table, held_out = _table(arrays, data), _test_split(arrays)
+    np.save(folder / "images.npy", table.images_NCHW, allow_pickle=False)
+    rows: list[dict[str, Any]] = []
+    for index, (file, content) in enumerate(zip(table.files, table.digests, strict=True)):
+        row: dict[str, Any] = {"file_name": file, "digest": content, "label": int(table.labels[index])}
+        rows.append(row if held_out is None else {**row, "split": "validation" if held_out[index] else "train"})
+    _write_texts(folder, name, table.images_NCHW.shape, arrays.class_names, rows, list(arrays.notices), [])
 
 
 # --- packed folders -------------------------------------------------------------------------------------------------
@@ -131,7 +188,7 @@ def _packed(folder: Path, data: DataConfig) -> Dataset:
     if version > _VERSION:
         raise DataError(f"{folder} was prepared by a newer version of imagekiln. Update imagekiln.")
     sound &= images_NCHW.dtype == np.uint8 and images_NCHW.ndim == 4 and images_NCHW.shape[1] in (1, 3, 4)
-    sound &= len(rows) == len(images_NCHW) > 0 and UNLABELLED <= labels.min() and labels.max() < len(class_names)
+    sound &= len(rows) == len(images_NCHW) > 0 and labels.min() >= UNLABELLED and labels.max() < len(class_names)
     if not sound:
         raise DataError(f"The prepared set {folder} does not fit together. Prepare it again.")
     channels, height, width = images_NCHW.shape[1:]
@@ -144,9 +201,10 @@ def _packed(folder: Path, data: DataConfig) -> Dataset:
         images_NCHW = np.array(images_NCHW)
     table = Table(images_NCHW, labels, class_names, digests, files, captions)
     notices = [str(notice) for notice in about.get("notices", [])]
-    return dataset(
-        str(about.get("name", folder.name)), table, split(digests, data.validation_fraction), notices, left_out
-    )
+    marked = all("split" in row for row in rows)
+    held_out = np.array([row.get("split") == "validation" for row in rows])
+    held_out = held_out if marked else split(digests, data.validation_fraction)
+    return dataset(str(about.get("name", folder.name)), table, held_out, notices, left_out)
 
 
 def _read_left_out(folder: Path) -> list[tuple[str, str]]:
@@ -178,22 +236,30 @@ def _pictures(path: Path, data: DataConfig, cache: Path, progress: ProgressFn | 
             return _packed(folder, data)
         except DataError:  # a damaged cache is not the user's business: it is made again
             shutil.rmtree(folder, ignore_errors=True)
-    aside = folder.parent / f".{folder.name}.{os.getpid()}"
     try:
-        aside.mkdir(parents=True, exist_ok=True)
-        _pack(found, data, aside, progress)
-        try:
-            aside.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster, with the same pictures
-                raise
-        _sync(folder.parent)
-        return _packed(folder, data)
+        _write_aside(folder, lambda aside: _pack(found, data, aside, progress))
     except OSError as error:
         raise DiskError(
             f"The cache {cache} cannot be written ({error.strerror or error}). Set IMAGEKILN_CACHE to a folder with "
             "room for the pictures."
         ) from None
+    return _packed(folder, data)
+
+
+def _write_aside(folder: Path, write: Callable[[Path], None]) -> None:
+    """Fill a folder that is complete or absent at any time: written beside its place, synced, renamed."""
+    aside = folder.parent / f".{folder.name}.{os.getpid()}"
+    try:
+        aside.mkdir(parents=True, exist_ok=True)
+        write(aside)
+        for file in aside.iterdir():
+            _sync(file)
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not (folder / _FILES[0]).is_file():  # else another process was faster, with the same pictures
+                raise
+        _sync(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -222,13 +288,7 @@ def _pack(found: scan.Found, data: DataConfig, folder: Path, progress: ProgressF
         raise DataError(f"None of the {len(left_out):,} pictures in {found.files.where} can be used: {reasons}.")
     channels = data.channels or _chosen_channels(decoded, notices)
     _write_images(folder, decoded, shape, channels, data)
-    _write_rows(found, folder, decoded, notices)
-    with (folder / "left_out.csv").open("w", encoding="utf-8", newline="") as stream:
-        table = csv.writer(stream)
-        table.writerow(("file", "reason"))
-        table.writerows((_cell(printable(name)), reason) for name, reason in sorted(left_out))
-    for file in folder.iterdir():
-        _sync(file)
+    _write_rows(found, folder, decoded, notices, left_out)
 
 
 def _decode_all(
@@ -330,30 +390,52 @@ def _write_images(folder: Path, decoded: _Decoded, shape: tuple[int, int], chann
     raw.unlink()
 
 
-def _write_rows(found: scan.Found, folder: Path, decoded: _Decoded, notices: list[str]) -> None:
+def _write_rows(
+    found: scan.Found, folder: Path, decoded: _Decoded, notices: list[str], left_out: list[tuple[str, str]]
+) -> None:
     names = scan.class_names([picture.label for picture in decoded.pictures])
     lost = set(scan.class_names([picture.label for picture in found.pictures])) - set(names)
     if lost:
         notices.append(f"No usable pictures are left of: {', '.join(printable(name) for name in sorted(lost))}.")
     number = {name: index for index, name in enumerate(names)}
     images_NCHW = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+    rows = []
+    for picture, image in zip(decoded.pictures, images_NCHW, strict=True):
+        row: dict[str, Any] = {"file_name": picture.name, "digest": digest(image)}
+        if picture.label is not None:
+            row["label"] = number[picture.label]
+        if picture.text is not None:
+            row["text"] = picture.text
+        rows.append(row)
+    name = found.files.where.resolve().name.removesuffix(".zip")
+    _write_texts(folder, name, images_NCHW.shape, names, rows, notices, left_out)
+
+
+def _write_texts(
+    folder: Path,
+    name: str,
+    shape: tuple[int, ...],
+    class_names: tuple[str, ...],
+    rows: list[dict[str, Any]],
+    notices: list[str],
+    left_out: list[tuple[str, str]],
+) -> None:
+    """Everything of a packed folder but its pixels."""
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as stream:
-        for picture, image in zip(decoded.pictures, images_NCHW, strict=True):
-            row: dict[str, Any] = {"file_name": picture.name, "digest": digest(image)}
-            if picture.label is not None:
-                row["label"] = number[picture.label]
-            if picture.text is not None:
-                row["text"] = picture.text
-            stream.write(json.dumps(row) + "\n")
+        stream.writelines(json.dumps(row) + "\n" for row in rows)
     about = {
         "version": _VERSION,
-        "name": found.files.where.resolve().name.removesuffix(".zip"),
-        "image_shape": images_NCHW.shape[1:],
-        "num_pictures": len(images_NCHW),
-        "class_names": names,
+        "name": name,
+        "num_pictures": shape[0],
+        "image_shape": shape[1:],
+        "class_names": class_names,
         "notices": notices,
     }
     (folder / "prepare.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    with (folder / "left_out.csv").open("w", encoding="utf-8", newline="") as stream:
+        table = csv.writer(stream)
+        table.writerow(("file", "reason"))
+        table.writerows((_cell(printable(name)), reason) for name, reason in sorted(left_out))
 
 
 def _cell(text: str) -> str:

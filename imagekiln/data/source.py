@@ -121,7 +121,7 @@ def split(digests: Sequence[str], fraction: float) -> np.ndarray:
     """
     place = np.array([int(text[:13], 16) for text in digests], np.float64) / 16**13
     held_out = place < fraction
-    if 0 < fraction and len(set(digests)) > 1:
+    if fraction > 0 and len(set(digests)) > 1:
         if not held_out.any():
             held_out = place == place.min()
         elif held_out.all():

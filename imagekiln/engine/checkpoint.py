@@ -78,9 +78,14 @@ def rotate(folder: Path, keep: int, pinned: set[int]) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     for path in stored(folder)[max(2, keep) :]:
         if int(path.name) not in pinned:
-            trash = folder / f".trash-{path.name}-{os.getpid()}"
-            path.rename(trash)
-            shutil.rmtree(trash, ignore_errors=True)
+            _delete(path)
+
+
+def forget_after(folder: Path, nimg: int) -> None:
+    """Delete the checkpoints of later moments, but never the only one left."""
+    for path in stored(folder)[:-1]:
+        if int(path.name) > nimg:
+            _delete(path)
 
 
 def stored(folder: Path) -> list[Path]:
@@ -131,6 +136,12 @@ def load_newest(folder: Path, device: torch.device | str = "cpu") -> tuple[Check
             "Delete the run folder to start again."
         )
     return None, sentences
+
+
+def _delete(path: Path) -> None:
+    trash = path.with_name(f".trash-{path.name}-{os.getpid()}")
+    path.rename(trash)  # at once, so that no half-deleted checkpoint is ever taken for a damaged one
+    shutil.rmtree(trash, ignore_errors=True)
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -50,7 +50,7 @@ class Model:
             raise UsageError(f"--label {name!r}: this model was trained without labels. Leave --label out.")
         if name in self.class_names:
             return self.class_names.index(name)
-        if name.isdigit() and int(name) < len(self.class_names):
+        if name.isdecimal() and int(name) < len(self.class_names):
             return int(name)
         raise UsageError(f"--label {name!r}: no such class. {did_you_mean(name, self.class_names)}")
 

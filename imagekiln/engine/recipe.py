@@ -60,16 +60,22 @@ def complete(values: Mapping[str, Any]) -> Recipe:
     located = registry.locate(family_values["name"])
     kind = registry.load(located)
     family: FamilyConfig = parse(kind.Config, {**family_values, "name": located}, "family")
-    given = values.get("optim", {})
+    given = _section(values.get("optim", {}), "optim")
     unknown = [key for key in given if key not in kind.optimizers]
     if unknown:
         raise RecipeError(f"optim.{unknown[0]}: no such optimizer. {did_you_mean(unknown[0], kind.optimizers)}")
     optim: dict[str, OptimizerConfig] = {
-        key: parse(OptimizerConfig, merge(default, given.get(key, {})), f"optim.{key}")
+        key: parse(OptimizerConfig, merge(default, _section(given.get(key, {}), f"optim.{key}")), f"optim.{key}")
         for key, default in kind.optimizers.items()
     }
     rest = {key: value for key, value in values.items() if key not in ("family", "optim")}
     return parse(Recipe, {**rest, "family": family, "optim": optim}, "")
+
+
+def _section(value: Any, key: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{key} = {value!r}: expected settings, such as --set {key}.name=value.")
+    return value
 
 
 def json_schema(name: str) -> dict[str, Any]:

@@ -87,11 +87,8 @@ class Run:
             DiskError: it cannot be written.
         """
         run = cls(path)
-        if run.path.exists() and not run.path.is_dir():
-            raise UsageError(f"{path} is a file. Name a folder for the run with --out.")
-        if run.path.is_dir() and not run.exists() and any(not p.name.startswith(".") for p in run.path.iterdir()):
-            raise UsageError(f"{path} holds files but no run. Name an empty or new folder with --out.")
         with disk_faults(run.path):
+            run._refuse_foreign()
             run.path.mkdir(parents=True, exist_ok=True)
             run.checkpoints.mkdir(exist_ok=True)
         write_whole(run.path / "meta.json", json.dumps(dict(meta), indent=2) + "\n")
@@ -115,14 +112,26 @@ class Run:
         """Whether the folder holds a run."""
         return (self.path / "recipe.toml").is_file()
 
+    def _refuse_foreign(self) -> None:
+        """Refuse a file, and a folder that holds anything but a run or what a start that was killed leaves."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"{self.path} is a file. Name a folder for the run with --out.")
+        if self.exists() or not self.path.is_dir():
+            return
+        begun = {"meta.json"} | ({"checkpoints"} if not any(self.checkpoints.glob("*")) else set())
+        if any(not p.name.startswith(".") and p.name not in begun for p in self.path.iterdir()):
+            raise UsageError(f"{self.path} holds files but no run. Name an empty or new folder with --out.")
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder for one writer; released by the system when the process ends in whatever way.
 
         Raises:
-            UsageError: another process is writing to this run.
+            UsageError: another process is writing to this run, or the folder holds something else.
+            DiskError: the folder cannot be made.
         """
         with disk_faults(self.path):
+            self._refuse_foreign()
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / ".lock")
             try:

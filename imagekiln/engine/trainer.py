@@ -164,11 +164,10 @@ class Trainer:
         if not (finite and bool(torch.isfinite(norm))):
             optimizer.zero_grad(set_to_none=True)
             return False
-        peak = self.recipe.optim[phase.optimizer].lr * self.state.lr_scale
+        middle = (progress.nimg + self.images_per_step / 2) / self.total_nimg  # of this step, so that none is at 0
+        factor = self.state.lr_scale * optim.multiplier(self.config.schedule, middle, self.config.warmup_fraction)
         for group in optimizer.param_groups:
-            group["lr"] = peak * optim.multiplier(
-                self.config.schedule, progress.fraction, self.config.warmup_fraction
-            )
+            group["lr"] = self.recipe.optim[phase.optimizer].lr * factor
         optimizer.step()
         return True
 
@@ -195,6 +194,8 @@ class Trainer:
         self._notice("non-finite", f"Loss or gradient was not finite after {self.state.nimg} images; step left out.")
         if len(self.state.skipped_nimg) < SKIPS_BEFORE_ROLLBACK:
             return
+        # A checkpoint from within the bad stretch holds the weights that led there.
+        checkpoint.forget_after(self.run.checkpoints, min(self.state.skipped_nimg) - self.images_per_step)
         rollbacks, lr_scale = self.state.rollbacks + 1, self.state.lr_scale / 2
         if rollbacks > MAX_ROLLBACKS:
             self._status("diverged")
@@ -277,7 +278,7 @@ class Trainer:
         self._restart_clock()
 
     def _keep_best(self, loss: float) -> None:
-        if self.state.best_loss is None or loss < self.state.best_loss:
+        if self.state.best_loss is None or loss < self.state.best_loss or math.isnan(self.state.best_loss):
             self.state.best_loss, self.state.best_nimg, self.state.stale_validations = loss, self.state.nimg, 0
             self._save_weights()
         else:

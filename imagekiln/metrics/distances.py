@@ -54,14 +54,19 @@ class Bank:
         same: the query is the bank itself, and no row is its own neighbour.
         """
         found = []
-        for start, distance2_BN, _ in self.blocks(query_QD):
+        available = len(self.rows_ND) - same
+        for start, distance2_BN, error_BN in self.blocks(query_QD):
             if same:
                 distance2_BN.diagonal(start).fill_(torch.inf)
-            candidates_BK = distance2_BN.topk(min(k + SPARE, len(self.rows_ND) - same), largest=False).indices
+            rough_BK, candidates_BK = distance2_BN.topk(min(k + SPARE, available), largest=False)
             row_B = torch.arange(start, start + len(distance2_BN))
             exact_BK = self.exact(query_QD, row_B.repeat_interleave(candidates_BK.shape[1]), candidates_BK.flatten())
             sorted_BK, order_BK = exact_BK.view(candidates_BK.shape).sort(stable=True)
-            found.append((sorted_BK[:, :k], candidates_BK.gather(1, order_BK)[:, :k]))
+            near_BK, index_BK = sorted_BK[:, :k], candidates_BK.gather(1, order_BK)[:, :k]
+            doubtful_B = rough_BK[:, -1] - error_BN.amax(1) < near_BK[:, -1]
+            for b in doubtful_B.nonzero().flatten().tolist() if available > k + SPARE else ():
+                near_BK[b], index_BK[b] = self._nearest_exactly(query_QD, start + b, k, same)
+            found.append((near_BK, index_BK))
         return torch.cat([d for d, _ in found]), torch.cat([i for _, i in found])
 
     def exact(self, query_QD: Tensor, query_M: Tensor, bank_M: Tensor) -> Tensor:
@@ -70,6 +75,15 @@ class Bank:
         pairs = zip(query_M.split(step), bank_M.split(step), strict=True)
         parts = [(query_QD[q].double() - self.rows_ND[b].double()).square().sum(1) for q, b in pairs]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
+
+    def _nearest_exactly(self, query_QD: Tensor, row: int, k: int, same: bool) -> tuple[Tensor, Tensor]:
+        """The k nearest rows of one query row whose neighbours lie closer together than float32 can tell."""
+        everyone = torch.arange(len(self.rows_ND))
+        distance2_N = self.exact(query_QD, torch.full_like(everyone, row), everyone)
+        if same:
+            distance2_N[row] = torch.inf
+        nearest = distance2_N.topk(k, largest=False)
+        return nearest.values, nearest.indices
 
     def within(self, query_QD: Tensor, radius2_N: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(first row, inside_BN bool): whether a query row lies strictly inside the ball around a bank row.

@@ -79,7 +79,7 @@ class RandomConv(nn.Module):
         found = []
         for scale, convolutions in enumerate(self.scales):
             x_BCHW = functional.avg_pool2d(images_BCHW, 2**scale) if scale else images_BCHW
-            for layer, convolution in enumerate(convolutions):
+            for layer, convolution in enumerate(convolutions.children()):
                 x_BCHW = functional.relu(convolution(functional.avg_pool2d(x_BCHW, 2) if layer else x_BCHW))
                 found += [x_BCHW.mean((2, 3)), x_BCHW.std((2, 3), correction=0)]
         return torch.cat(found, dim=1)
@@ -95,20 +95,18 @@ def extract(network: FeatureNetwork, batches: Iterable[Tensor]) -> Tensor:
 
     Raises DataError for pictures of another dtype or range, or none at all.
     """
-    was_training = isinstance(network, nn.Module) and network.training
-    parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
-    device = parameter.device if parameter is not None else torch.device("cpu")
+    module = network if isinstance(network, nn.Module) else nn.Module()
+    was_training = module.training
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     rows = []
-    if isinstance(network, nn.Module):
-        network.eval()
+    module.eval()
     try:
         with torch.inference_mode():
             for images_BCHW in batches:
                 _require_images(images_BCHW)
                 rows.append(network.features(images_BCHW.to(device)).float().cpu())
     finally:
-        if was_training:
-            network.train()
+        module.train(was_training)
     if not rows:
         raise DataError("There are no pictures to extract features from: give at least one batch.")
     return torch.cat(rows).clone()
@@ -139,7 +137,9 @@ def _require_images(images_BCHW: Tensor) -> None:
 def _random_convolution(channels_in: int, channels: int, seed: int) -> nn.Conv2d:
     """A 3x3 convolution with orthogonal weights of gain sqrt(2) (Saxe et al. 2014) and small random biases."""
     generator = torch.Generator().manual_seed(seed)
-    convolution = nn.Conv2d(channels_in, channels, 3, padding=1, padding_mode="replicate")
+    convolution = nn.utils.skip_init(  # the usual initialization would draw from the caller's random numbers
+        nn.Conv2d, channels_in, channels, 3, padding=1, padding_mode="replicate"
+    )
     weight = torch.empty(channels, channels_in * 9, dtype=torch.float64)
     nn.init.orthogonal_(weight, gain=2**0.5, generator=generator)
     bias = 0.2 * torch.randn(channels, dtype=torch.float64, generator=generator)

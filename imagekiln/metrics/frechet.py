@@ -14,8 +14,6 @@ Shapes: N pictures, D features, R columns of a factor.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -32,18 +30,18 @@ class FrechetDistance:
     9.0
     """
 
-    name: ClassVar[str] = "frechet"
-    lower_is_better: ClassVar[bool] = True
-    ideal: ClassVar[float] = 0.0
-    bounds: ClassVar[tuple[float, float]] = (0.0, float("inf"))
-    min_n: ClassVar[int] = 2
+    name: str = "frechet"
+    lower_is_better: bool = True
+    ideal: float = 0.0
+    bounds: tuple[float, float] = (0.0, float("inf"))
+    min_n: int = 2
 
     def __call__(self, generated: Statistics, reference: Statistics) -> float:
         """The distance, computed in float64."""
         require_pair(generated, reference, self.min_n, "a Frechet distance")
         shift = (generated.mean - reference.mean).square().sum()
         spread = generated.covariance.trace() + reference.covariance.trace()
-        overlap = _nuclear_norm(_factor(generated).T @ _factor(reference))
+        overlap = torch.linalg.svdvals(_factor(generated).T @ _factor(reference)).sum()
         return max(0.0, float(shift + spread - 2.0 * overlap))
 
 
@@ -56,10 +54,3 @@ def _factor(statistics: Statistics) -> Tensor:
         return lower_DD
     values_D, vectors_DD = torch.linalg.eigh(statistics.covariance)  # dead or duplicate features: singular
     return vectors_DD * values_D.clamp(min=0.0).sqrt()
-
-
-def _nuclear_norm(cross_RR: Tensor) -> Tensor:
-    """Sum of the singular values, through the smaller Gram matrix: several times faster than an SVD."""
-    if cross_RR.shape[0] > cross_RR.shape[1]:
-        cross_RR = cross_RR.T
-    return torch.linalg.eigvalsh(cross_RR @ cross_RR.T).clamp(min=0.0).sqrt().sum()

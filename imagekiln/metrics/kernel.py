@@ -10,8 +10,6 @@ Shapes: G and R pictures of the two sets, D features, P parts.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -36,11 +34,11 @@ class KernelDistance:
     -62.0
     """
 
-    name: ClassVar[str] = "kernel"
-    lower_is_better: ClassVar[bool] = True
-    ideal: ClassVar[float] = 0.0
-    bounds: ClassVar[tuple[float, float]] = (-float("inf"), float("inf"))
-    min_n: ClassVar[int] = 2
+    name: str = "kernel"
+    lower_is_better: bool = True
+    ideal: float = 0.0
+    bounds: tuple[float, float] = (-float("inf"), float("inf"))
+    min_n: int = 2
 
     def __init__(self, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> None:
         if subsets < 1 or subset_size < 2:

@@ -18,7 +18,7 @@ Shapes: G generated and R real pictures, D features.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -153,10 +153,10 @@ def _radii_without(bank: Bank, statistics: Statistics, part_N: Tensor, count: in
 class Precision:
     """Share of generated pictures that lie where real ones do, in [0, 1]: fidelity. 1 for equal sets."""
 
-    name: ClassVar[str] = "precision"
-    lower_is_better: ClassVar[bool] = False
-    ideal: ClassVar[float] = 1.0
-    bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    name: str = "precision"
+    lower_is_better: bool = False
+    ideal: float = 1.0
+    bounds: tuple[float, float] = (0.0, 1.0)
 
     def __init__(self, k: int = NEIGHBOURS) -> None:
         self.k = k

@@ -1,9 +1,9 @@
 """A small residual classifier for pictures of 8 to 64 pixels; its penultimate layer is the feature space of evaluation.
 
 A ResNet (He et al. 2016, arXiv 1512.03385) in the order conv, norm, activation: a 3x3 stem, then one residual stage a
-halving until the map is 4 to 7 pixels wide, the mean over the map, a linear head. The norm is BatchNorm: in
-a training of a few epochs it beats GroupNorm and costs less, and `eval()` makes each picture's features independent of
-its batch.
+halving until the map's shorter side is 4 to 7 pixels, the mean over the map, a linear head. The norm is BatchNorm:
+`eval()` makes each picture's features independent of its batch; features are never to be taken in
+training mode.
 
 Shapes: B images, C channels, H rows, W columns, K classes, D features.
 """
@@ -22,12 +22,12 @@ LAST_MAP = 7
 
 
 class Residual(nn.Module):
-    """Halve the map, then x + two 3x3 convolutions of it."""
+    """Halve the map by max pooling, widen it, then x + two 3x3 convolutions of it."""
 
     def __init__(self, channels_in: int, channels: int) -> None:
         super().__init__()
-        self.down = nn.Conv2d(channels_in, channels, 3, stride=2, padding=1, bias=False)
-        self.down_norm = nn.BatchNorm2d(channels)
+        self.widen = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
+        self.widen_norm = nn.BatchNorm2d(channels)
         self.first = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.first_norm = nn.BatchNorm2d(channels)
         self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
@@ -35,7 +35,8 @@ class Residual(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """x_BCHW -> (B, channels, ceil(H / 2), ceil(W / 2))."""
-        x_BCHW = functional.relu(self.down_norm(self.down(x_BCHW)))
+        x_BCHW = functional.max_pool2d(x_BCHW, 2, ceil_mode=True)
+        x_BCHW = functional.relu(self.widen_norm(self.widen(x_BCHW)))
         h_BCHW = functional.relu(self.first_norm(self.first(x_BCHW)))
         return x_BCHW + functional.relu(self.second_norm(self.second(h_BCHW)))
 

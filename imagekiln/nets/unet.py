@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imagekiln.errors import UsageError
-from imagekiln.nets.layers import group_norm_silu, prefers_channels_last, upsample_nearest
+from imagekiln.nets.layers import attention, group_norm_silu, prefers_channels_last, upsample_nearest
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,10 @@ class UNet(nn.Module):
         skips = [widths[0]]
         for level, width in enumerate(widths):
             inputs = [skips[-1]] + [width] * (config.layers_per_block - 1)
-            last = level == len(widths) - 1
-            self.down_blocks.append(_Level(config, inputs, width, config.attention[level], "none" if last else "down"))
-            skips += [width] * (config.layers_per_block + (not last))
-        self.mid_block = _Level(config, [widths[-1]] * 2, widths[-1], config.add_attention, "middle")
+            halves = level < len(widths) - 1
+            self.down_blocks.append(_DownLevel(config, inputs, width, config.attention[level], halves))
+            skips += [width] * (config.layers_per_block + halves)
+        self.mid_block = _Middle(config, widths[-1], config.add_attention)
         self.up_blocks = nn.ModuleList()
         below = widths[-1]
         for level in reversed(range(len(widths))):
@@ -126,8 +126,7 @@ class UNet(nn.Module):
             for _ in range(config.layers_per_block + 1):
                 inputs.append(below + skips.pop())
                 below = widths[level]
-            resize = "up" if level else "none"
-            self.up_blocks.append(_Level(config, inputs, widths[level], config.attention[level], resize))
+            self.up_blocks.append(_UpLevel(config, inputs, widths[level], config.attention[level], level > 0))
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
         self.reset_parameters()
@@ -145,7 +144,7 @@ class UNet(nn.Module):
             if isinstance(module, _ResidualBlock):
                 nn.init.zeros_(module.conv2.weight)
             elif isinstance(module, _SelfAttention):
-                nn.init.zeros_(module.to_out[0].weight)
+                nn.init.zeros_(module.to_out[0].get_parameter("weight"))
         nn.init.zeros_(self.conv_out.weight)
 
     def forward(self, images_BCHW: Tensor, timestep_B: Tensor, class_labels_B: Tensor | None = None) -> Tensor:
@@ -171,10 +170,10 @@ class UNet(nn.Module):
         x_BCHW = self.conv_in(images_BCHW)
         skips = [x_BCHW]
         for block in self.down_blocks:
-            x_BCHW = block.down(x_BCHW, embedding_BE, skips)
-        x_BCHW = self.mid_block.middle(x_BCHW, embedding_BE)
+            x_BCHW = block(x_BCHW, embedding_BE, skips)
+        x_BCHW = self.mid_block(x_BCHW, embedding_BE)
         for block in self.up_blocks:
-            x_BCHW = block.up(x_BCHW, embedding_BE, skips)
+            x_BCHW = block(x_BCHW, embedding_BE, skips)
         return self.conv_out(group_norm_silu(x_BCHW, self.conv_norm_out)).to(images_BCHW.dtype)
 
     def diffusers_config(self) -> dict[str, Any]:
@@ -212,54 +211,66 @@ class UNet(nn.Module):
 
 
 class _Level(nn.Module):
-    """The blocks of one resolution: residual blocks, perhaps attention after each, perhaps a change of size."""
+    """The residual blocks of one resolution and, where `attended`, the attention that follows them."""
 
-    def __init__(
-        self,
-        config: UNetConfig,
-        inputs: list[int],
-        width: int,
-        attended: bool,
-        resize: Literal["down", "up", "middle", "none"],
-    ) -> None:
+    def __init__(self, config: UNetConfig, inputs: list[int], width: int, attended: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(_ResidualBlock(config, channels, width) for channels in inputs)
         if attended:
-            count = len(inputs) - (resize == "middle")
-            self.attentions = nn.ModuleList(_SelfAttention(config, width) for _ in range(count))
+            self.attentions = nn.ModuleList(_SelfAttention(config, width) for _ in inputs)
         self.attended = attended
-        if resize == "down":
-            self.downsamplers = nn.ModuleList([_Conv(width, stride=2)])
-        if resize == "up":
-            self.upsamplers = nn.ModuleList([_Conv(width, stride=1)])
-        self.resize = resize
-
-    def down(self, x_BCHW: Tensor, embedding_BE: Tensor, skips: list[Tensor]) -> Tensor:
-        for index in range(len(self.resnets)):
-            x_BCHW = self._block(index, x_BCHW, embedding_BE)
-            skips.append(x_BCHW)
-        if self.resize == "down":
-            x_BCHW = self.downsamplers[0].conv(x_BCHW)
-            skips.append(x_BCHW)
-        return x_BCHW
-
-    def middle(self, x_BCHW: Tensor, embedding_BE: Tensor) -> Tensor:
-        x_BCHW = self.resnets[0](x_BCHW, embedding_BE)
-        if self.attended:
-            x_BCHW = self.attentions[0](x_BCHW)
-        return self.resnets[1](x_BCHW, embedding_BE)
-
-    def up(self, x_BCHW: Tensor, embedding_BE: Tensor, skips: list[Tensor]) -> Tensor:
-        for index in range(len(self.resnets)):
-            x_BCHW = self._block(index, torch.cat([x_BCHW, skips.pop()], dim=1), embedding_BE)
-        if self.resize == "up":
-            # the size of the next skip, because halving an odd size rounds up and doubling does not undo it
-            x_BCHW = self.upsamplers[0].conv(upsample_nearest(x_BCHW, skips[-1].shape[-2:]))
-        return x_BCHW
 
     def _block(self, index: int, x_BCHW: Tensor, embedding_BE: Tensor) -> Tensor:
         x_BCHW = self.resnets[index](x_BCHW, embedding_BE)
         return self.attentions[index](x_BCHW) if self.attended else x_BCHW
+
+
+class _DownLevel(_Level):
+    """Leaves every result behind as a skip; halves the size unless it is the coarsest level."""
+
+    def __init__(self, config: UNetConfig, inputs: list[int], width: int, attended: bool, halves: bool) -> None:
+        super().__init__(config, inputs, width, attended)
+        if halves:
+            self.downsamplers = nn.ModuleList([_Conv(width, stride=2)])
+        self.halves = halves
+
+    def forward(self, x_BCHW: Tensor, embedding_BE: Tensor, skips: list[Tensor]) -> Tensor:
+        for index in range(len(self.resnets)):
+            x_BCHW = self._block(index, x_BCHW, embedding_BE)
+            skips.append(x_BCHW)
+        if self.halves:
+            x_BCHW = self.downsamplers[0](x_BCHW)
+            skips.append(x_BCHW)
+        return x_BCHW
+
+
+class _Middle(_Level):
+    """Two residual blocks with attention between them."""
+
+    def __init__(self, config: UNetConfig, width: int, attended: bool) -> None:
+        super().__init__(config, [width], width, attended)
+        self.resnets.append(_ResidualBlock(config, width, width))
+
+    def forward(self, x_BCHW: Tensor, embedding_BE: Tensor) -> Tensor:
+        return self.resnets[1](self._block(0, x_BCHW, embedding_BE), embedding_BE)
+
+
+class _UpLevel(_Level):
+    """Takes the skips back; doubles the size unless it is the finest level."""
+
+    def __init__(self, config: UNetConfig, inputs: list[int], width: int, attended: bool, doubles: bool) -> None:
+        super().__init__(config, inputs, width, attended)
+        if doubles:
+            self.upsamplers = nn.ModuleList([_Conv(width, stride=1)])
+        self.doubles = doubles
+
+    def forward(self, x_BCHW: Tensor, embedding_BE: Tensor, skips: list[Tensor]) -> Tensor:
+        for index in range(len(self.resnets)):
+            x_BCHW = self._block(index, torch.cat([x_BCHW, skips.pop()], dim=1), embedding_BE)
+        if self.doubles:
+            # the size of the next skip, because halving an odd size rounds up and doubling does not undo it
+            x_BCHW = self.upsamplers[0](upsample_nearest(x_BCHW, skips[-1].shape[-2:]))
+        return x_BCHW
 
 
 class _ResidualBlock(nn.Module):
@@ -308,7 +319,7 @@ class _SelfAttention(nn.Module):
             project(tokens_BLC).view(B, H * W, -1, self.head_dim).transpose(1, 2)
             for project in (self.to_q, self.to_k, self.to_v)
         )
-        mixed_BNLD = F.scaled_dot_product_attention(q_BNLD, k_BNLD, v_BNLD)
+        mixed_BNLD = attention(q_BNLD, k_BNLD, v_BNLD)
         out_BLC = self.to_out[0](mixed_BNLD.transpose(1, 2).reshape(B, H * W, C))
         return x_BCHW + out_BLC.view(B, H, W, C).permute(0, 3, 1, 2)
 
@@ -329,6 +340,9 @@ class _Conv(nn.Module):
     def __init__(self, width: int, stride: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, stride=stride, padding=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.conv(x_BCHW)
 
 
 def _sinusoids(timestep_B: Tensor, width: int) -> Tensor:

@@ -77,12 +77,10 @@ def test_rotation_and_permutation_invariance():
     assert FD(Statistics.of(x.flip(0)), Statistics.of(y.roll(7, 0))) == pytest.approx(want, rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("n", "expected"), [(200, 11.16), (1000, 2.12), (5000, 0.457)]
-)
+@pytest.mark.parametrize(("n", "expected"), [(200, 11.16), (1000, 2.12), (5000, 0.457)])
 def test_finite_sample_bias(n, expected):
     """Two sets of one 64-dimensional normal distribution: the value is all bias, about 1 / N."""
-    assert FD(Statistics.of(normal(n, 64, 0)), Statistics.of(normal(n, 64, 1))) == pytest.approx(expected, rel=0.05)
+    assert FD(Statistics.of(normal(n, 64, 0)), Statistics.of(normal(n, 64, 1))) == pytest.approx(expected, rel=0.1)
 
 
 def test_needs_two_pictures_and_one_feature_space():

@@ -46,7 +46,10 @@ def test_expected_value_does_not_depend_on_n():
     metric = KernelDistance()
     means = {
         n: torch.tensor(
-            [metric(Statistics.of(normal(n, 4, 2 * s, 0.5)), Statistics.of(normal(n, 4, 2 * s + 1))) for s in range(200)]
+            [
+                metric(Statistics.of(normal(n, 4, 2 * s, 0.5)), Statistics.of(normal(n, 4, 2 * s + 1)))
+                for s in range(200)
+            ]
         )
         for n in (10, 60)
     }

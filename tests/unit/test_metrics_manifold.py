@@ -42,7 +42,9 @@ def both(fake, real, k):
     return tuple(manifold_scores(Statistics.of(fake), Statistics.of(real), k))
 
 
-@pytest.mark.parametrize(("n_fake", "n_real", "d", "k"), [(40, 30, 3, 5), (25, 45, 1, 3), (12, 12, 16, 1), (7, 6, 2, 5)])
+@pytest.mark.parametrize(
+    ("n_fake", "n_real", "d", "k"), [(40, 30, 3, 5), (25, 45, 1, 3), (12, 12, 16, 1), (7, 6, 2, 5)]
+)
 def test_agrees_with_naive_loops(n_fake, n_real, d, k):
     fake, real = normal(n_fake, d, 0, 1.2, 0.3), normal(n_real, d, 1)
     assert both(fake, real, k) == pytest.approx(naive(fake, real, k), abs=1e-12)
@@ -78,7 +80,9 @@ def test_readme_values_of_high_dimensional_normals():
     assert scores.coverage == pytest.approx(0.969, abs=0.02)
 
 
-@pytest.mark.parametrize(("n_fake", "n_real", "closed"), [(500, 500, 0.96922), (1000, 500, 0.99597), (300, 300, 0.96953)])
+@pytest.mark.parametrize(
+    ("n_fake", "n_real", "closed"), [(500, 500, 0.96922), (1000, 500, 0.99597), (300, 300, 0.96953)]
+)
 def test_identity_coverage_and_density(n_fake, n_real, closed):
     assert expected_coverage(n_fake, n_real) == pytest.approx(closed, abs=6e-6)
     scores = [

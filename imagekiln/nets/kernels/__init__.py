@@ -1,9 +1,9 @@
 """Compiles this folder's C source once, with the system's C compiler, and loads it.
 
-Nothing here is needed for a right result: without a compiler, or with IMAGEKILN_NO_NATIVE=1 in the environment, `library`
-says why there is none and the caller uses PyTorch. The compiled file lies in the user's cache directory under a hash of
-everything it depends on (source, compiler, flags, processor), written aside and renamed, so that processes that start
-together and homes shared by different machines are both safe.
+Nothing here is needed for a right result: without a compiler, or with IMAGEKILN_NO_NATIVE=1 in the environment,
+`library` says why there is none and the caller uses PyTorch. The compiled file lies in the user's cache directory under
+a hash of everything it depends on (source, compiler, flags, processor), written aside and renamed, so that processes
+that start together and homes shared by different machines are both safe.
 """
 
 from __future__ import annotations
@@ -53,11 +53,26 @@ def library() -> ctypes.CDLL | str:
 
 @functools.cache
 def parallel() -> ctypes.c_void_p:
-    """Address of GOMP_parallel in the OpenMP runtime that PyTorch uses; null when there is none, which means one thread."""
+    """Address of GOMP_parallel in the OpenMP runtime PyTorch uses; null when there is none: one thread."""
     try:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)
     except (AttributeError, OSError, TypeError):
         return ctypes.c_void_p(None)
+
+
+def reuse_freed_memory() -> bool:
+    """Tell glibc to keep freed memory instead of giving it back; True when it was told.
+
+    A training step frees and takes the same large tensors again; by default each of them is new, zeroed by the kernel
+    page by page. For a training process only: memory once used stays with the process.
+    """
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26))
+    return all([mallopt(key, value) == 1 for key, value in settings])
 
 
 def _load() -> ctypes.CDLL:
@@ -103,7 +118,9 @@ def _processor() -> str:
     """What `-march=native` depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-        kept = [line for line in lines if line.split("\t")[0].strip() in ("model name", "flags", "Features", "CPU part")]
+        kept = [
+            line for line in lines if line.split("\t")[0].strip() in ("model name", "flags", "Features", "CPU part")
+        ]
     except OSError:
         kept = []
     return "\n".join([platform.machine(), platform.processor(), *kept])

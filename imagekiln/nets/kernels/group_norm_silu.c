@@ -7,8 +7,8 @@
  *
  * A picture is the unit of work and belongs to one thread, so results do not depend on the number of threads. Sums over
  * pixels run in float over short stretches and in double over the stretches. The inner loops go over C and are written
- * for the compiler's vectoriser. Threads come from the OpenMP runtime that PyTorch has already loaded, whose GOMP_parallel
- * the caller hands in: a second pool would fight with the first one for the cores.
+ * for the compiler's vectoriser. Threads come from the OpenMP runtime that PyTorch has already loaded, whose
+ * GOMP_parallel the caller hands in: a second pool would fight with the first one for the cores.
  */
 #include <math.h>
 #include <stdint.h>

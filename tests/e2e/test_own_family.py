@@ -1,0 +1,83 @@
+"""A GAN in a file of one's own: 40 lines, and it trains, continues, draws and passes every check of the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from imagekiln import testing
+
+GAN = '''"""A small GAN in one file: the example of what a family needs."""
+import torch
+from pydantic import Field
+from torch import nn
+from torch.nn.functional import softplus
+
+from imagekiln.config import FamilyConfig
+from imagekiln.core import Family, Loss, Phase
+
+
+class Config(FamilyConfig):
+    name: str = __file__
+    width: int = Field(32, ge=1, description="neurons of the hidden layers")
+
+
+class MyGan(Family):
+    Config = Config
+    optimizers = {"critic": {"name": "adam", "lr": 2e-3, "betas": (0.5, 0.99)},
+                  "painter": {"name": "adam", "lr": 2e-3, "betas": (0.5, 0.99)}}
+    phases = (Phase("critic", trains=("critic",)), Phase("painter", trains=("painter",)))
+    averaged = ("painter",)
+
+    def __init__(self, config, image_shape, num_classes):
+        super().__init__(config, image_shape, num_classes)
+        pixels, width = image_shape[0] * image_shape[1] * image_shape[2], config.width
+        self.painter = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, pixels), nn.Tanh())
+        self.critic = nn.Sequential(nn.Flatten(), nn.Linear(pixels, width), nn.LeakyReLU(0.2), nn.Linear(width, 1))
+
+    def loss(self, phase, batch, progress):
+        fake = self.sample(torch.randn(len(batch.images), 8, device=batch.images.device), None)
+        if phase == "painter":
+            return Loss(softplus(-self.critic(fake)).mean())
+        return Loss((softplus(-self.critic(batch.images)) + softplus(self.critic(fake.detach()))).mean())
+
+    def sample(self, noise, condition, options=None):
+        return self.painter(noise).view(-1, *self.image_shape)
+
+    def noise_shape(self):
+        return (8,)
+'''
+
+
+@pytest.fixture(scope="module")
+def gan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("own") / "my_gan.py"
+    file.write_text(GAN)
+    return file
+
+
+def test_it_is_short() -> None:
+    assert len(GAN.splitlines()) <= 40
+
+
+@pytest.mark.parametrize("check", testing.checks(), ids=lambda check: check.__name__.removeprefix("check_"))
+def test_the_contract(gan: Path, check) -> None:
+    check(str(gan))
+
+
+def test_it_trains_continues_and_draws(cli, tiny, reference, ends_like, gan: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = cli.start(*tiny(str(gan), out))
+    command.wait_until(lambda: (out / "checkpoints" / "000000032").exists())
+    command.send(2)
+    assert command.wait().code == 75
+    cli(*tiny(str(gan), out), cwd=tmp_path).ok()
+    ends_like(reference(str(gan)), out)
+    cli("generate", out, "-n", 4, "--out", tmp_path / "drawn").ok()
+    assert len(list((tmp_path / "drawn").glob("0*.png"))) == 4
+
+
+def test_a_relative_path_is_found_again_from_elsewhere(cli, tiny, gan: Path, tmp_path: Path) -> None:
+    cli(*tiny(str(gan), tmp_path / "run", nimg=32)[:1], gan.name, *tiny(str(gan), tmp_path / "run", nimg=32)[2:],
+        cwd=gan.parent).ok()
+    cli("generate", tmp_path / "run", "-n", 1, "--out", tmp_path / "drawn", cwd=tmp_path).ok()
