@@ -20,9 +20,11 @@ from typing import Any
 import torch
 
 from imagekiln import data as datasets
-from imagekiln.config import DataConfig, Recipe, read_toml, write_toml
+from imagekiln.config import DataConfig, Recipe, parse, read_toml, write_toml
 from imagekiln.core import mix
-from imagekiln.engine import device, evaluate as evaluation, generate as generation, pictures, plan
+from imagekiln.engine import device, pictures, plan
+from imagekiln.engine import evaluate as evaluation
+from imagekiln.engine import generate as generation
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine.run import Run, disk_faults
 from imagekiln.engine.tracker import Several, Silent, TensorBoard
@@ -32,8 +34,17 @@ from imagekiln.errors import RecipeError, UsageError
 Report = Callable[[int, int], None]
 """Told (done, total) now and then during long work."""
 
-FREE_TO_CHANGE = {"total_kimg", "checkpoint_kimg", "preview_kimg", "validate_kimg", "keep", "patience", "device",
-                  "tensorboard", "compile"}
+FREE_TO_CHANGE = {
+    "total_kimg",
+    "checkpoint_kimg",
+    "preview_kimg",
+    "validate_kimg",
+    "keep",
+    "patience",
+    "device",
+    "tensorboard",
+    "compile",
+}
 """Settings of `train` that may differ when a run is continued."""
 
 
@@ -67,7 +78,7 @@ def prepare(source: str | Path, out: str | Path, progress: Report | None = None,
     Raises:
         DataError: no usable picture. UsageError: no such source.
     """
-    return datasets.load(DataConfig(path=str(source), **settings), cache=Path(out), progress=progress)
+    return datasets.write_prepared(parse(DataConfig, {"path": str(source), **settings}, "data"), Path(out), progress)
 
 
 def train(
@@ -102,7 +113,9 @@ def train(
         else:
             if minutes is not None:
                 wanted, rate = plan.within(wanted, dataset, minutes)
-                listener.say(f"{rate.img_per_sec:.0f} images/s: {wanted.train.total_kimg:g} kimg in {minutes:g} minutes.")
+                listener.say(
+                    f"{rate.img_per_sec:.0f} images/s: {wanted.train.total_kimg:g} kimg in {minutes:g} minutes."
+                )
             run = Run.create(run.path, write_toml(wanted), _meta(wanted, dataset))
         if not run.picture_path("real").is_file():
             _draw_real(run, wanted, dataset)
@@ -216,12 +229,12 @@ def compare(runs: Iterable[Run | str | Path]) -> list[dict[str, Any]]:
 def export(run: Run | str | Path, to: str, out: str | Path) -> dict[str, Any]:
     """Write a run in another format, load it back, and return the receipt with the numeric difference.
 
-    to: the name of a module in `imagekiln.export`: `diffusers` or `safetensors`.
+    to: the name of a module in `imagekiln.exporters`: `diffusers` or `safetensors`.
 
     Raises:
         UsageError: no such format, or the model does not fit it.
     """
-    from imagekiln import export as exporters
+    from imagekiln import exporters
 
     return exporters.write(run if isinstance(run, Run) else Run.open(run), to, Path(out))
 
@@ -229,10 +242,10 @@ def export(run: Run | str | Path, to: str, out: str | Path) -> dict[str, Any]:
 # -- parts ------------------------------------------------------------------------------------------------------------
 
 
-def _resolve(
-    recipe: str, data: str | Path, settings: Mapping[str, Any] | None, assignments: Sequence[str]
-) -> Recipe:
-    wanted = recipes.resolve(recipe, settings, [*assignments, f"data.path={_absolute(str(data))}"] if data else assignments)
+def _resolve(recipe: str, data: str | Path, settings: Mapping[str, Any] | None, assignments: Sequence[str]) -> Recipe:
+    wanted = recipes.resolve(
+        recipe, settings, [*assignments, f"data.path={_absolute(str(data))}"] if data else assignments
+    )
     device.choose(wanted.train.device)  # a missing GPU is said before pictures are read
     return wanted
 
@@ -335,4 +348,15 @@ def _draw_real(run: Run, recipe: Recipe, dataset: datasets.Dataset) -> None:
     pictures.write(pictures.grid(everything.images[rows], columns), run.picture_path("real"))
 
 
-__all__ = ["Drawn", "Planned", "RecipeError", "compare", "dry_run", "evaluate", "export", "generate", "prepare", "train"]
+__all__ = [
+    "Drawn",
+    "Planned",
+    "RecipeError",
+    "compare",
+    "dry_run",
+    "evaluate",
+    "export",
+    "generate",
+    "prepare",
+    "train",
+]

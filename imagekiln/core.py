@@ -143,7 +143,7 @@ class Family(nn.Module, ABC):
         """Class scores of a judging family: logits_BK float32."""
         raise NotImplementedError(f"{type(self).__name__} draws pictures; it predicts no classes.")
 
-    def after_step(self, progress: Progress) -> None:  # noqa: B027  an optional hook, empty on purpose
+    def after_step(self, progress: Progress) -> None:
         """Called once after every training step: target networks, code-book averages, augmentation strength."""
 
 

@@ -182,7 +182,9 @@ def check_reconstructions(name: str) -> None:
         first, second = family.eval().reconstruct(images), family.eval().reconstruct(images)
         if first is not None and second is not None:
             _require(first.shape == images.shape, f"reconstruct gave {tuple(first.shape)}")
-            _require(torch.equal(first, second) and float(first.abs().max()) <= 1.001, "not repeatable, or out of range")
+            _require(
+                torch.equal(first, second) and float(first.abs().max()) <= 1.001, "not repeatable, or out of range"
+            )
 
 
 def check_judges(name: str) -> None:
@@ -257,8 +259,13 @@ def _require(condition: bool, sentence: str) -> None:
 def _recipe(name: str, settings: dict | None = None, steps: int = 4) -> Recipe:
     base = {
         "train": {
-            "batch": 8, "total_kimg": steps * 8 / 1000, "precision": "fp32", "device": "cpu", "compile": "off",
-            "warmup_fraction": 0.0, "schedule": "constant",
+            "batch": 8,
+            "total_kimg": steps * 8 / 1000,
+            "precision": "fp32",
+            "device": "cpu",
+            "compile": "off",
+            "warmup_fraction": 0.0,
+            "schedule": "constant",
             "averages": [{"sigma_rel": 0.1}, {"kind": "exponential", "halflife_kimg": 0.05}],
         }
     }

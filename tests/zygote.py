@@ -17,6 +17,7 @@ import traceback
 import sklearn.datasets  # noqa: F401  builtin:digits comes from here
 import torch
 import torch._dynamo  # every first optimizer of a process imports it
+
 from imagekiln import api  # noqa: F401  everything a verb imports late
 from imagekiln.cli.main import main
 

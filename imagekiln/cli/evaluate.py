@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -25,8 +26,13 @@ def evaluate(
     """Measure quality, diversity and copying, with intervals and the real-versus-real floor."""
     from imagekiln import api
     from imagekiln.engine.evaluate import table
+    from imagekiln.engine.run import Run
+    from imagekiln.report import write
 
     rows = api.evaluate(
         subject, data, n=n, features=features, seed=seed, progress=say, steps=steps, guidance=guidance, sampler=sampler
     )
-    answer(table(rows), [row.to_dict() for row in rows], as_json)
+    run = Run(subject)
+    if run.exists():
+        say(f"Report: {write(run)}")
+    answer(table(rows), [json.loads(row.to_json()) for row in rows], as_json)

@@ -30,8 +30,19 @@ def generate(
     from imagekiln import api
 
     drawn = api.generate(
-        run, n, out, label=label, seed=seed, batch=batch, nimg=nimg, average=average, device_name=device,
-        progress=progress("Drawing"), steps=steps, guidance=guidance, sampler=sampler,
+        run,
+        n,
+        out,
+        label=label,
+        seed=seed,
+        batch=batch,
+        nimg=nimg,
+        average=average,
+        device_name=device,
+        progress=progress("Drawing"),
+        steps=steps,
+        guidance=guidance,
+        sampler=sampler,
     )
     text = f"Drew {len(drawn.pictures)} pictures with {drawn.weights.name}: {drawn.grid}"
     answer(text, {"pictures": drawn.pictures, "grid": drawn.grid, "weights": drawn.weights}, as_json)

@@ -23,8 +23,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for verb in (demo.demo, prepare.prepare, train.train, generate.generate, evaluate.evaluate, compare.compare,
-             export.export, doctor.doctor):
+for verb in (
+    demo.demo,
+    prepare.prepare,
+    train.train,
+    generate.generate,
+    evaluate.evaluate,
+    compare.compare,
+    export.export,
+    doctor.doctor,
+):
     app.command()(verb)
 app.command("list")(listing.list_)
 app.add_typer(recipe.app, name="recipe")

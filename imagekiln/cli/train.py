@@ -36,23 +36,40 @@ def train(
     if dry_run:
         planned = api.dry_run(recipe, data, assignments=assignments, progress=progress("Reading pictures"))
         counts = ", ".join(f"{name} {count:,}" for name, count in planned.parameters.items())
-        lines = [planned.summary, *planned.notices, f"Parameters: {counts}",
-                 f"Device: {planned.device}, {planned.precision}", "Nothing was written."]
-        facts = {"recipe": planned.recipe.model_dump(mode="json"), "parameters": planned.parameters,
-                 "device": planned.device, "precision": planned.precision, "notices": planned.notices}
+        lines = [
+            planned.summary,
+            *planned.notices,
+            f"Parameters: {counts}",
+            f"Device: {planned.device}, {planned.precision}",
+            "Nothing was written.",
+        ]
+        facts = {
+            "recipe": planned.recipe.model_dump(mode="json"),
+            "parameters": planned.parameters,
+            "device": planned.device,
+            "precision": planned.precision,
+            "notices": planned.notices,
+        }
         answer("\n".join(lines), facts, as_json)
         return
     folder = out or Path("runs") / f"{_short(data)}-{_short(recipe)}"
     run = api.train(
-        recipe, data, folder, minutes=minutes, assignments=assignments, listener=Console(),
+        recipe,
+        data,
+        folder,
+        minutes=minutes,
+        assignments=assignments,
+        listener=Console(),
         progress=progress("Reading pictures"),
     )
     if report:
         from imagekiln.report import write
 
         say(f"Report: {write(run)}")
-    text = (f"Trained: {run.path}\nPictures: {run.samples()[-1][1] if run.samples() else 'none'}\n"
-            f"Next: imagekiln generate {run.path} -n 16 --out pictures")
+    text = (
+        f"Trained: {run.path}\nPictures: {run.samples()[-1][1] if run.samples() else 'none'}\n"
+        f"Next: imagekiln generate {run.path} -n 16 --out pictures"
+    )
     answer(text, {"run": str(run.path), **run.status()}, as_json)
 
 

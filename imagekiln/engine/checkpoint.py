@@ -109,12 +109,12 @@ def load(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
                 raise CheckpointError(f"{name} is missing")
             if _sum_and_size(path / name) != expected:
                 raise CheckpointError(f"{name} is damaged (its checksum differs)")
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        nimg, state = manifest["nimg"], json.loads((path / STATE).read_text(encoding="utf-8"))
         names = [name for name in manifest["files"] if name.endswith(".safetensors")]
         parts = {name.removesuffix(".safetensors"): load_file(path / name, device=str(device)) for name in names}
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"it cannot be read ({type(error).__name__}: {error})") from error
-    return Checkpoint(nimg=manifest["nimg"], parts=parts, state=state)
+    return Checkpoint(nimg=nimg, parts=parts, state=state)
 
 
 def load_newest(folder: Path, device: torch.device | str = "cpu") -> tuple[Checkpoint | None, list[str]]:

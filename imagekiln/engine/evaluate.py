@@ -28,8 +28,19 @@ from imagekiln.engine.run import Run
 from imagekiln.engine.tracker import Silent
 from imagekiln.engine.trainer import Trainer
 from imagekiln.errors import DataError, UsageError
-from imagekiln.metrics import Measurement, Provenance, RandomConv, Regression, Statistics
-from imagekiln.metrics import comparable, copy_ratios, extract, measure, nearest, weights_hash
+from imagekiln.metrics import (
+    Measurement,
+    Provenance,
+    RandomConv,
+    Regression,
+    Statistics,
+    comparable,
+    copy_ratios,
+    extract,
+    measure,
+    nearest,
+    weights_hash,
+)
 
 JUDGE_RECIPE = "judge"
 BATCH = 100
@@ -56,7 +67,7 @@ def evaluate(
         return _evaluate_run(run, data, n, features, seed, say, options or {})
     if data is None:
         raise UsageError(f"{subject} is no run folder. To measure a folder of pictures, name real ones with --data.")
-    return _evaluate_folder(Path(subject), data, n, features, seed or 0, say)
+    return _evaluate_folder(run.path, data, n, features, seed or 0, say)
 
 
 def _evaluate_run(
@@ -113,7 +124,7 @@ class Bench:
         labelled = dataset.train.num_classes >= 2
         if features == "classifier" and not labelled:
             raise UsageError("--features classifier needs pictures with labels; use randconv.")
-        self.judge: Family | None = None
+        self.judge: Any = None
         if labelled:
             self.judge = judge(dataset, 1, say).family
         if labelled and features != "randconv":
@@ -187,9 +198,17 @@ class Bench:
         middle = ratios[-1]
         return [
             Measurement(
-                metric="copy_ratio", value=middle.ratio, low=middle.low, high=middle.high, n=generated.n,
-                n_reference=train.n, provenance=self.provenance(self.network_name), lower_is_better=False,
-                floor=1.0, ratio=middle.ratio, seed=self.seed,
+                metric="copy_ratio",
+                value=middle.ratio,
+                low=middle.low,
+                high=middle.high,
+                n=generated.n,
+                n_reference=train.n,
+                provenance=self.provenance(self.network_name),
+                lower_is_better=False,
+                floor=1.0,
+                ratio=middle.ratio,
+                seed=self.seed,
                 details={f"quantile {r.quantile:g}": [r.ratio, r.low, r.high] for r in ratios},
             )
         ]
@@ -198,16 +217,26 @@ class Bench:
         """Share of pictures whose predicted class is the one asked for; the floor is the judge's own on real ones."""
         started = time.perf_counter()
         asked = labels >= 0
-        correct = _predicted(self.judge, images)[asked] == labels[asked]
+        correct = torch.eq(_predicted(self.judge, images)[asked], labels[asked])
         held_out = self.dataset.validation
         real = held_out.read(range(min(len(held_out), 10_000)))
-        known = real.labels >= 0
-        on_real = float((_predicted(self.judge, real.images)[known] == real.labels[known]).double().mean())
+        truth = torch.full((len(real.images),), -1) if real.labels is None else real.labels
+        known = truth >= 0
+        on_real = float((_predicted(self.judge, real.images)[known] == truth[known]).double().mean())
         low, high = wilson(int(correct.sum()), len(correct))
         return Measurement(
-            metric="label_accuracy", value=float(correct.double().mean()), low=low, high=high, n=len(correct),
-            n_reference=int(known.sum()), provenance=self.provenance("judge"), lower_is_better=False, floor=on_real,
-            ratio=float(correct.double().mean()) / on_real, seed=self.seed, seconds=time.perf_counter() - started,
+            metric="label_accuracy",
+            value=float(correct.double().mean()),
+            low=low,
+            high=high,
+            n=len(correct),
+            n_reference=int(known.sum()),
+            provenance=self.provenance("judge"),
+            lower_is_better=False,
+            floor=on_real,
+            ratio=float(correct.double().mean()) / on_real,
+            seed=self.seed,
+            seconds=time.perf_counter() - started,
             details={"judge_hash": weights_hash(self.judge), "floor": "held-out pictures"},
         )
 
@@ -277,8 +306,14 @@ def _reconstruction(model: Model, source: Source, provenance: Provenance) -> lis
     seconds = time.perf_counter() - started
     return [
         Measurement(
-            metric=name, value=value, n=count, n_reference=count, provenance=provenance, seconds=seconds,
-            lower_is_better=name not in ("r2", "psnr"), details={"of": "held-out pictures"},
+            metric=name,
+            value=value,
+            n=count,
+            n_reference=count,
+            provenance=provenance,
+            seconds=seconds,
+            lower_is_better=name not in ("r2", "psnr"),
+            details={"of": "held-out pictures"},
         )
         for name, value in regression.scores().items()
     ]
@@ -362,7 +397,9 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(f"{Path(row['run']).name:<{width}}{Path(row['family']).stem:<12}{row['kimg']:>9.1f}{speed:>9}")
     for label in dict.fromkeys(label for row in rows for label in row["measurements"]):
         lines.append(label)
-        have = [(Path(row["run"]).name, _read(row["measurements"][label])) for row in rows if label in row["measurements"]]
+        have = [
+            (Path(row["run"]).name, _read(row["measurements"][label])) for row in rows if label in row["measurements"]
+        ]
         reason = next((why for _, m in have[1:] if (why := comparable(have[0][1], m))), None)
         best = _best(have) if reason is None and len(have) > 1 else None
         for name, m in have:

@@ -88,7 +88,7 @@ def load_model(path: Path, device: str = "auto") -> Model:
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise UsageError(f"{path} is not a weights file of this version of imagekiln ({error}).") from error
     chosen = devices.choose(device)
-    family = family.to(chosen).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    family = devices.place(family, chosen).eval().requires_grad_(False)
     return Model(family, recipe, tuple(json.loads(metadata["class_names"])), path, chosen)
 
 
@@ -113,9 +113,11 @@ def options_for(family: Family, given: dict[str, Any]) -> Any:
     """
     sample = getattr(family.config, "sample", None)
     given = {key: value for key, value in given.items() if value is not None}
-    if not given:
+    if not given or sample is None:
+        for key in given:
+            raise UsageError(f"--{key}: a {family.config.name} model has no sampling options.")
         return sample
-    known = list(type(sample).model_fields) if sample is not None else []
+    known = list(type(sample).model_fields)
     for key in given:
         if key not in known:
             raise UsageError(f"--{key}: a {family.config.name} model has no such option. {did_you_mean(key, known)}")
@@ -126,9 +128,7 @@ def options_for(family: Family, given: dict[str, Any]) -> Any:
 
 
 @torch.inference_mode()
-def draw(
-    family: Family, seeds: Sequence[int], labels: Sequence[int], options: Any = None, batch: int = 64
-) -> Tensor:
+def draw(family: Family, seeds: Sequence[int], labels: Sequence[int], options: Any = None, batch: int = 64) -> Tensor:
     """Pictures of these seeds and labels: (N, C, H, W) uint8 on the CPU."""
     parts = list(stream(family, seeds, labels, options, batch))
     return torch.cat(parts) if parts else torch.empty(0, *family.image_shape, dtype=torch.uint8)

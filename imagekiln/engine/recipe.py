@@ -88,7 +88,9 @@ def json_schema(name: str) -> dict[str, Any]:
     schema["properties"]["family"] = family
     optimizer = schema["properties"]["optim"]["additionalProperties"]
     schema["properties"]["optim"] = {
-        "type": "object", "properties": dict.fromkeys(recipe.optim, optimizer), "additionalProperties": False
+        "type": "object",
+        "properties": dict.fromkeys(recipe.optim, optimizer),
+        "additionalProperties": False,
     }
     return schema
 
@@ -117,5 +119,3 @@ def header(name: str) -> str:
 def parameter_counts(family: Family) -> dict[str, int]:
     """Trainable parameters by sub-module."""
     return {name: sum(p.numel() for p in child.parameters()) for name, child in family.named_children()}
-
-

@@ -266,8 +266,10 @@ class Run:
         stem = stem or [f for f in files if f.stem.split("-", 1)[0] == files[-1].stem.split("-", 1)[0]]
         named = [f for f in stem if f.stem.split("-", 1)[1] == (average or self.meta().get("average"))]
         if average is not None and not named:
-            raise UsageError(f"{self.path} has no average {average!r}. There are: "
-                             f"{', '.join(f.stem.split('-', 1)[1] for f in stem)}.")
+            raise UsageError(
+                f"{self.path} has no average {average!r}. There are: "
+                f"{', '.join(f.stem.split('-', 1)[1] for f in stem)}."
+            )
         return (named or stem)[0]
 
     def prune_weights(self, kept_nimg: set[int]) -> None:

@@ -27,6 +27,7 @@ from imagekiln.engine import checkpoint, device, pictures
 from imagekiln.engine.generate import draw, labels_for, save_weights
 from imagekiln.engine.run import Run
 from imagekiln.errors import CheckpointError, DiskError, Diverged, OutOfMemory
+from imagekiln.nets import kernels
 
 TICK_SEC = 5.0
 FIRST_PREVIEW_SEC = 30.0
@@ -72,7 +73,9 @@ class Trainer:
         self.recipe, self.config, self.run, self.listener = recipe, recipe.train, run, listener
         self.device = device.choose(self.config.device)
         self.dtype = device.autocast_dtype(self.config.precision, self.device)
-        self.family = family.to(self.device).to(memory_format=torch.channels_last)
+        if self.device.type == "cpu":
+            kernels.reuse_freed_memory()
+        self.family = device.place(family, self.device)
         self.train_source, self.validation_source = train, validation
         self.state = State(accumulate=min(self.config.accumulate, self.config.batch))
         self.repeat = max(phase.repeat for phase in family.phases)
@@ -459,12 +462,12 @@ class Trainer:
         )
 
     def _compile(self) -> None:
-        """Compile the trained modules in place; where that fails the plain ones stay, and it is said once."""
-        try:
-            for name in dict.fromkeys(name for phase in self.family.phases for name in phase.trains):
-                self.family.get_submodule(name).compile()
-        except RuntimeError as error:
-            self.listener.say(f"torch.compile does not work here and is left out: {error}.")
+        """Compile the trained modules in place; what does not compile runs as it is."""
+        import torch._dynamo  # a second of import that only this needs
+
+        torch._dynamo.config.suppress_errors = True
+        for name in dict.fromkeys(name for phase in self.family.phases for name in phase.trains):
+            self.family.get_submodule(name).compile()
 
 
 def _like(value: Tensor, parameter: nn.Parameter) -> Tensor:

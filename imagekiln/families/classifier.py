@@ -16,7 +16,7 @@ from imagekiln.errors import RecipeError
 from imagekiln.nets.classifier import Classifier as Network
 
 
-class Config(FamilyConfig):
+class ClassifierConfig(FamilyConfig):
     """Settings of the classifier family."""
 
     name: str = "classifier"
@@ -28,30 +28,31 @@ class Config(FamilyConfig):
 class Classifier(Family):
     """Predicts the class of a picture; pictures without a label do not count in its loss."""
 
-    Config = Config
+    Config = ClassifierConfig
     draws = False
     optimizers = {"network": {"name": "adamw", "lr": 2e-3, "betas": (0.9, 0.99), "weight_decay": 0.01}}
     monitor = "classify"
     phases = (Phase("classify", trains=("network",)),)
     averaged = ("network",)
 
-    def __init__(self, config: Config, image_shape: tuple[int, int, int], num_classes: int) -> None:
+    def __init__(self, config: ClassifierConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__(config, image_shape, num_classes)
         if num_classes < 2:
             raise RecipeError(f"A classifier needs pictures with at least 2 labels; this set has {num_classes}.")
         self.network = Network(image_shape, num_classes, config.width)
 
     def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
-        images, labels = batch.images, batch.labels
+        images = batch.images
+        labels = images.new_full((len(images),), UNLABELLED, dtype=torch.int64) if batch.labels is None else batch.labels
         if self.training and self.config.shift:
             images = _shifted(images, self.config.shift)
         logits = self.network(images).float()
-        known = labels != UNLABELLED
+        count = torch.ne(labels, UNLABELLED).sum().clamp(min=1)
         smoothing = self.config.label_smoothing if self.training else 0.0
-        total = cross_entropy(
-            logits, labels, ignore_index=UNLABELLED, label_smoothing=smoothing, reduction="sum"
-        ) / known.sum().clamp(min=1)
-        correct = (logits.argmax(1) == labels).float().sum() / known.sum().clamp(min=1)
+        total = (
+            cross_entropy(logits, labels, ignore_index=UNLABELLED, label_smoothing=smoothing, reduction="sum") / count
+        )
+        correct = torch.eq(logits.argmax(1), labels).sum() / count
         return Loss(total, {"accuracy": correct})
 
     @torch.no_grad()

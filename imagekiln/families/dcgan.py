@@ -17,7 +17,7 @@ from imagekiln.core import Batch, Condition, Family, Loss, Phase, Progress
 from imagekiln.nets.dcgan import Discriminator, Generator
 
 
-class Config(FamilyConfig):
+class DcganConfig(FamilyConfig):
     """Settings of the DCGAN family."""
 
     name: str = "dcgan"
@@ -28,7 +28,7 @@ class Config(FamilyConfig):
 class Dcgan(Family):
     """A generator and a discriminator, updated in turn."""
 
-    Config = Config
+    Config = DcganConfig
     optimizers = {
         "discriminator": {"name": "adam", "lr": 2e-4, "betas": (0.5, 0.999)},
         "generator": {"name": "adam", "lr": 2e-4, "betas": (0.5, 0.999)},
@@ -36,7 +36,7 @@ class Dcgan(Family):
     phases = (Phase("discriminator", trains=("discriminator",)), Phase("generator", trains=("generator",)))
     averaged = ("generator",)
 
-    def __init__(self, config: Config, image_shape: tuple[int, int, int], num_classes: int) -> None:
+    def __init__(self, config: DcganConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__(config, image_shape, num_classes)
         self.generator = Generator(config.z_dim, image_shape, config.width, num_classes)
         self.discriminator = Discriminator(image_shape, config.width, num_classes)

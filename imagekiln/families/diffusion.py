@@ -37,7 +37,7 @@ class Options(Section):
     guidance_high: float = Field(1e9, gt=0, description="and not above this")
 
 
-class Config(FamilyConfig):
+class DiffusionConfig(FamilyConfig):
     """Settings of the diffusion family."""
 
     name: str = "diffusion"
@@ -45,7 +45,7 @@ class Config(FamilyConfig):
     target: Literal["v", "x", "eps"] = "v"
     density_mean: float = Field(-0.5, description="mean of ln sigma in training")
     density_std: float = Field(1.2, gt=0, description="standard deviation of ln sigma in training")
-    widths: tuple[int, ...] = Field((64, 128, 128), min_length=1, description="channels by level, fine to coarse")
+    widths: tuple[int, ...] = Field((32, 64, 128), min_length=1, description="channels by level, fine to coarse")
     layers: int = Field(1, ge=1, le=8, description="residual blocks a level")
     attention: tuple[bool, ...] = Field((False, False, True), description="self-attention by level")
     dropout: Fraction = 0.0
@@ -56,13 +56,13 @@ class Config(FamilyConfig):
 class Diffusion(Family):
     """A denoiser on a path from pictures to noise."""
 
-    Config = Config
+    Config = DiffusionConfig
     optimizers = {"unet": {"name": "adamw", "lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.01}}
     monitor = "denoise"
     phases = (Phase("denoise", trains=("unet",)),)
     averaged = ("unet",)
 
-    def __init__(self, config: Config, image_shape: tuple[int, int, int], num_classes: int) -> None:
+    def __init__(self, config: DiffusionConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__(config, image_shape, num_classes)
         self.path = paths.path(config.path)
         head = min(64, *config.widths)

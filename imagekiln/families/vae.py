@@ -21,7 +21,7 @@ LOWEST_LOG_STD = math.log(1 / 255)
 """Half an 8-bit grey level in [-1, 1]: no picture is known more exactly than that."""
 
 
-class Config(FamilyConfig):
+class VaeConfig(FamilyConfig):
     """Settings of the VAE family."""
 
     name: str = "vae"
@@ -33,13 +33,13 @@ class Config(FamilyConfig):
 class Vae(Family):
     """An encoder to a Gaussian, a decoder from it, and the scale of the decoder's error."""
 
-    Config = Config
+    Config = VaeConfig
     optimizers = {"decoder-encoder-noise": {"name": "adamw", "lr": 1e-3, "betas": (0.9, 0.99)}}
     monitor = "elbo"
     phases = (Phase("elbo", trains=("encoder", "decoder", "noise")),)
     averaged = ("encoder", "decoder", "noise")
 
-    def __init__(self, config: Config, image_shape: tuple[int, int, int], num_classes: int) -> None:
+    def __init__(self, config: VaeConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__(config, image_shape, num_classes)
         self.encoder = VaeEncoder(image_shape, config.width, config.z_dim, num_classes)
         self.decoder = VaeDecoder(image_shape, config.width, config.z_dim, num_classes)

@@ -80,7 +80,7 @@ class Classifier(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def features(self, images_BCHW: Tensor) -> Tensor:
         """features_BD float32 of images_BCHW float32 in [-1, 1]: the input of the linear head, non-negative."""

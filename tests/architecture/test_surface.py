@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import imagekiln
 import pytest
 import torch
+
+import imagekiln
 from imagekiln import api, core, errors
 from imagekiln.config import FamilyConfig, Recipe
 from imagekiln.core import Family, Loss, Phase
@@ -38,8 +39,15 @@ def test_every_error_has_its_exit_code() -> None:
     kinds = [kind for kind in vars(errors).values() if inspect.isclass(kind) and issubclass(kind, Exception)]
     codes = {kind.__name__: kind.exit_code for kind in kinds}
     assert codes == {
-        "ImagekilnError": 1, "UsageError": 2, "RecipeError": 2, "DataError": 3, "OutOfMemory": 4, "DiskError": 5,
-        "Diverged": 6, "CheckpointError": 1, "Interrupted": 75,
+        "ImagekilnError": 1,
+        "UsageError": 2,
+        "RecipeError": 2,
+        "DataError": 3,
+        "OutOfMemory": 4,
+        "DiskError": 5,
+        "Diverged": 6,
+        "CheckpointError": 1,
+        "Interrupted": 75,
     }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer
+
 from imagekiln.cli.main import app
 
 FOLDER = Path(__file__).parent / "help"

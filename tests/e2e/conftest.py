@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
 from imagekiln.engine import checkpoint, registry
 from imagekiln.engine.run import Run
-from torch import Tensor
 
 SMALL = {"width": "8", "widths": "[16,16]", "attention": "[false,false]", "z_dim": "8"}
 NEVER_KIMG = 1000
@@ -23,12 +24,29 @@ def tiny() -> Callable[..., list[str]]:
     def arguments(family: str, out: Path, nimg: int = 240, checkpoint_nimg: int = 16, **settings: object) -> list[str]:
         fields = registry.load(family).Config.model_fields
         small = {f"family.{key}": value for key, value in SMALL.items() if key in fields}
-        train = {"batch": 16, "total_kimg": nimg / 1000, "checkpoint_kimg": checkpoint_nimg / 1000,
-                 "preview_kimg": NEVER_KIMG, "validate_kimg": NEVER_KIMG, "precision": "fp32"}
+        train = {
+            "batch": 16,
+            "total_kimg": nimg / 1000,
+            "checkpoint_kimg": checkpoint_nimg / 1000,
+            "preview_kimg": NEVER_KIMG,
+            "validate_kimg": NEVER_KIMG,
+            "precision": "fp32",
+        }
         given = {**small, **{f"train.{key}": value for key, value in train.items()}}
         given |= {key.replace("__", ".") if "__" in key else f"train.{key}": v for key, v in settings.items()}
         pairs = [part for key, value in given.items() for part in ("--set", f"{key}={value}")]
-        return ["train", family, "--data", "builtin:digits", "--out", str(out), "--device", "cpu", "--no-report", *pairs]
+        return [
+            "train",
+            family,
+            "--data",
+            "builtin:digits",
+            "--out",
+            str(out),
+            "--device",
+            "cpu",
+            "--no-report",
+            *pairs,
+        ]
 
     return arguments
 

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from imagekiln.engine import checkpoint
 from imagekiln.engine.run import Run
 

@@ -8,13 +8,16 @@ import time
 from pathlib import Path
 
 import pytest
+
 from imagekiln.engine import registry
 
 DRAWING = [name for name in registry.names() if registry.load(name).draws]
 LONGEST_SEC = 600.0
 
 
-def killed_until_done(cli, arguments: list[str], out: Path, moments: random.Random, whole_sec: float, kills: int) -> dict:
+def killed_until_done(
+    cli, arguments: list[str], out: Path, moments: random.Random, whole_sec: float, kills: int
+) -> dict:
     """Run and kill until the training has finished by itself and `kills` kills were dealt."""
     dealt = in_save = 0
     while True:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from imagekiln import testing
 
 GAN = '''"""A small GAN in one file: the example of what a family needs."""
@@ -78,6 +79,10 @@ def test_it_trains_continues_and_draws(cli, tiny, reference, ends_like, gan: Pat
 
 
 def test_a_relative_path_is_found_again_from_elsewhere(cli, tiny, gan: Path, tmp_path: Path) -> None:
-    cli(*tiny(str(gan), tmp_path / "run", nimg=32)[:1], gan.name, *tiny(str(gan), tmp_path / "run", nimg=32)[2:],
-        cwd=gan.parent).ok()
+    cli(
+        *tiny(str(gan), tmp_path / "run", nimg=32)[:1],
+        gan.name,
+        *tiny(str(gan), tmp_path / "run", nimg=32)[2:],
+        cwd=gan.parent,
+    ).ok()
     cli("generate", tmp_path / "run", "-n", 1, "--out", tmp_path / "drawn", cwd=tmp_path).ok()

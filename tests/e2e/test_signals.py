@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+
 from imagekiln.engine import checkpoint, registry
 
 DRAWING = [name for name in registry.names() if registry.load(name).draws]

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from imagekiln.engine import registry
-from imagekiln.engine import recipe as recipes
 from PIL import Image
+
+from imagekiln.engine import recipe as recipes
+from imagekiln.engine import registry
 
 DRAWING = [name for name in registry.names() if registry.load(name).draws]
 SCRIPT = Path(sys.executable).with_name("imagekiln")
@@ -84,10 +85,7 @@ def test_picture_i_does_not_depend_on_how_many_are_drawn(cli, reference, tmp_pat
     cli("generate", run, "-n", 3, "--out", tmp_path / "other", "--seed", 5).ok()
     assert len(list((tmp_path / "many").glob("0*.png"))) == 8 and (tmp_path / "many" / "grid.png").exists()
     for index in range(3):
-        few, many, other = (
-            pixels(tmp_path / folder / f"{index:06d}.png")
-            for folder in ("few", "many", "other")
-        )
+        few, many, other = (pixels(tmp_path / folder / f"{index:06d}.png") for folder in ("few", "many", "other"))
         assert few.shape == (8, 8) and np.abs(few - many).max() <= 1
         assert np.abs(few - other).max() > 1, "another seed draws another picture"
 

@@ -1,0 +1,112 @@
+"""Timing side by side: A B C A B C ..., so that whatever else the machine does hits all sides alike.
+
+A ratio is taken within a round, between neighbours in time; what is reported is the median of these ratios with the
+smallest and the largest. A case that changes its process (allocator settings, global state of a library) runs in one of
+its own and waits there without computing while others are timed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+Timer = Callable[[int], float]
+"""Does that many steps and returns the seconds they took."""
+
+
+class Ratio(NamedTuple):
+    """Median of the ratios of all rounds, with the smallest and the largest."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.low:.3f} .. {self.high:.3f})"
+
+
+def timer(step: Callable[[], object]) -> Timer:
+    """A timer of a step in this process."""
+
+    def run(steps: int) -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        return time.perf_counter() - start
+
+    return run
+
+
+class Worker:
+    """A case in a process of its own.
+
+    build: called there with `arguments`; returns the step to time and facts about the case. A function of a module, so
+        that it can be sent.
+
+    Raises:
+        RuntimeError: the process ended; its traceback is on stderr.
+    """
+
+    def __init__(self, build: Callable[..., tuple[Callable[[], object], dict[str, Any]]], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, build, arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.facts: dict[str, Any] = self._answer()
+
+    def __call__(self, steps: int) -> float:
+        self._pipe.send(steps)
+        return self._answer()
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.close()
+        self._process.join()
+
+    def _answer(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            raise RuntimeError("The process of a case ended before its work was done; see above.") from None
+
+
+def _serve(pipe: Connection, build: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    step, facts = build(*arguments)
+    run = timer(step)
+    pipe.send(facts)
+    while True:
+        try:
+            steps = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(run(steps))
+
+
+def interleave(
+    cases: Mapping[str, Timer], rounds: int, steps: int, warm_up: int, say: Callable[[int, dict[str, float]], None]
+) -> dict[str, list[float]]:
+    """Seconds of every case by round; `say` is told (round, seconds by case) after each."""
+    for run in cases.values():
+        run(warm_up)
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for index in range(rounds):
+        now = {name: run(steps) for name, run in cases.items()}
+        for name, value in now.items():
+            seconds[name].append(value)
+        say(index, now)
+    return seconds
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
+    """The ratios of pairs, round by round.
+
+    >>> ratio([2.0, 6.0, 9.0], [1.0, 2.0, 2.0])
+    Ratio(median=3.0, low=2.0, high=4.5)
+    """
+    found = [a / b for a, b in zip(numerator, denominator, strict=True)]
+    return Ratio(statistics.median(found), min(found), max(found))

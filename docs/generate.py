@@ -1,0 +1,200 @@
+"""Writes the parts of the documentation that come from the code and from records: `make docs` runs it.
+
+A part stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; everything else on a page is written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from imagekiln import errors
+from imagekiln.config import (
+    AverageConfig,
+    DataConfig,
+    EvalConfig,
+    OptimizerConfig,
+    Section,
+    TrainConfig,
+)
+from imagekiln.engine import recipe as recipes
+from imagekiln.engine import registry
+
+ROOT = Path(__file__).resolve().parent.parent
+NO_RECORDS = "No results have been recorded yet."
+
+
+def pages() -> dict[Path, str]:
+    """Every page with a generated part, as it should be."""
+    found = {}
+    for path in sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]):
+        text = path.read_text(encoding="utf-8")
+        whole = re.sub(r"(<!-- (\w+):begin -->\n).*?(<!-- \2:end -->)", _filled, text, flags=re.DOTALL)
+        if whole != text or "<!-- records:begin -->" in text:
+            found[path] = whole
+    return found
+
+
+def _filled(match: re.Match[str]) -> str:
+    name = match[2]
+    if name not in PARTS:
+        raise SystemExit(f"docs/generate.py knows no part {name!r}; there are {', '.join(PARTS)}.")
+    return f"{match[1]}{PARTS[name]()}\n{match[3]}"
+
+
+# -- records ----------------------------------------------------------------------------------------------------------
+
+
+def records(folder: Path = ROOT / "records") -> str:
+    """One table of all rows of all records, the newest record first; what a row lacks stays empty."""
+    read = [record for path in sorted(folder.glob("*.json")) if (record := _record(path))]
+    read.sort(key=lambda record: str(record.get("date", "")), reverse=True)
+    rows = [
+        (
+            record.get("name", ""),
+            row.get("what", ""),
+            _value(row),
+            _interval(row.get("interval")),
+            row.get("n", ""),
+            _count(row.get("seeds")),
+            record.get("hardware", ""),
+            _source(record),
+        )
+        for record in read
+        for row in record.get("rows", [])
+        if isinstance(row, Mapping)
+    ]
+    if not rows:
+        return NO_RECORDS
+    return table(("record", "what", "value", "95 % interval", "n", "seeds", "hardware", "measured"), rows)
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SystemExit(f"{path} is not JSON: {error}.") from None
+    return record if isinstance(record, dict) and isinstance(record.get("rows"), list) else None
+
+
+def _value(row: Mapping[str, Any]) -> str:
+    return " ".join(part for part in (_number(row.get("value")), str(row.get("unit") or "")) if part)
+
+
+def _interval(given: Any) -> str:
+    if isinstance(given, list | tuple) and len(given) == 2:
+        return " .. ".join(map(_number, given))
+    return "" if given is None else str(given)
+
+
+def _count(seeds: Any) -> str:
+    return str(len(seeds) if isinstance(seeds, list | tuple) else "" if seeds is None else seeds)
+
+
+def _source(record: Mapping[str, Any]) -> str:
+    return ", ".join(part for part in (str(record.get("date") or ""), str(record.get("commit") or "")[:8]) if part)
+
+
+def _number(value: Any) -> str:
+    """Four digits that mean something, however large the number is.
+
+    >>> _number(0.912345), _number(12345.6), _number(600), _number(None)
+    ('0.9123', '12346', '600', '')
+    """
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "" if value is None else str(value)
+
+
+# -- the code ---------------------------------------------------------------------------------------------------------
+
+
+def families() -> str:
+    """The families of the package with the first line of their docstring."""
+    return table(("family", "what it is"), [(f"`{name}`", registry.describe(name)) for name in registry.names()])
+
+
+def package_recipes() -> str:
+    """The recipes of the package with the first line of their header."""
+    named = [(f"`{name}`", recipes.header(name).split("\n")[0].split(": ", 1)[-1]) for name in recipes.names()]
+    return table(("recipe", "what it trains"), named)
+
+
+def exit_codes() -> str:
+    """Exit codes with the error behind each."""
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    rows = [("0", "done")]
+    rows += [(str(kind.exit_code), f"`{kind.__name__}`: {_first(kind.__doc__)}") for kind in kinds]
+    rows += [("130", "a second signal: left at once; what is on disk is whole")]
+    return table(("code", "meaning"), sorted(rows, key=lambda row: int(row[0])))
+
+
+def settings() -> str:
+    """Every setting that all recipes share, and the families' own."""
+    sections: list[tuple[str, type[Section]]] = [
+        ("data", DataConfig),
+        ("train", TrainConfig),
+        ("train.averages", AverageConfig),
+        ("eval", EvalConfig),
+        ("optim.MODULES", OptimizerConfig),
+    ]
+    parts = [_settings_of(f"`[{name}]`", model) for name, model in sections]
+    for name in registry.names():
+        parts.append(_settings_of(f"`[family]` of {name}", registry.load(name).Config, skip={"name", "sample"}))
+        options = registry.load(name).Config.model_fields.get("sample")
+        if options is not None and isinstance(options.annotation, type):
+            parts.append(_settings_of(f"`[family.sample]` of {name}", options.annotation))
+    return "\n\n".join(parts)
+
+
+def _settings_of(title: str, model: type[Section], skip: Iterable[str] = ()) -> str:
+    rows = [
+        (f"`{key}`", f"`{_shown(field.default)}`", field.description or "")
+        for key, field in model.model_fields.items()
+        if key not in skip
+    ]
+    return f"{title}\n\n{table(('setting', 'default', 'meaning'), rows)}"
+
+
+def _shown(default: Any) -> str:
+    """A default as it would be written in TOML."""
+    if isinstance(default, tuple):
+        return f"[{', '.join(_shown(value) for value in default)}]"
+    if isinstance(default, Section):
+        return "{ ... }"
+    return json.dumps(default) if isinstance(default, bool | str) else f"{default:g}"
+
+
+def _first(text: str | None) -> str:
+    sentence = (text or "").strip().split("\n")[0].split(". ")[0].rstrip(".")
+    return sentence[:1].lower() + sentence[1:]
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A Markdown table; a column without a single entry is left out.
+
+    >>> print(table(("a", "b"), [(1, ""), (2, "")]))
+    | a |
+    |---|
+    | 1 |
+    | 2 |
+    """
+    columns = [column for column in zip(head, *rows, strict=True) if any(str(cell) for cell in column[1:])]
+    lines = [" | ".join(str(cell).replace("|", "\\|") for cell in row) for row in zip(*columns, strict=True)]
+    return "\n".join([f"| {lines[0]} |", "|---" * len(columns) + "|", *(f"| {line} |" for line in lines[1:])])
+
+
+PARTS = {
+    "records": records,
+    "families": families,
+    "recipes": package_recipes,
+    "exits": exit_codes,
+    "settings": settings,
+}
+
+if __name__ == "__main__":
+    for page, text in pages().items():
+        page.write_text(text, encoding="utf-8")

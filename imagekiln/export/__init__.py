@@ -1,1 +1,0 @@
-"""Writers of other formats, each of which loads back what it wrote."""

@@ -1,0 +1,103 @@
+"""Measuring runs and folders: real pictures score like real ones, broken ones do not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from imagekiln import api, data
+from imagekiln.config import DataConfig
+from imagekiln.engine import evaluate
+from imagekiln.engine.run import Run
+from imagekiln.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def bench() -> evaluate.Bench:
+    digits = data.load(DataConfig(path="builtin:digits", validation_fraction=0.3))
+    return evaluate.Bench(digits, "auto", 0, lambda sentence: None, "nothing")
+
+
+def by_name(rows: list) -> dict:
+    return {row.metric: row for row in rows}
+
+
+def test_real_pictures_score_like_real_ones(bench: evaluate.Bench) -> None:
+    train = bench.dataset.train
+    rows = torch.randperm(len(train), generator=torch.Generator().manual_seed(5))[:400].tolist()
+    batch = train.read(rows)
+    found = by_name(bench.measure(batch.images, batch.labels.tolist()))
+    assert found["label_accuracy"].value > 0.95
+    assert found["label_accuracy"].floor > 0.95
+    assert found["coverage"].value > 0.85 * found["coverage"].floor
+    assert found["copy_ratio"].value == 0.0, "training pictures are copies of training pictures"
+
+
+def test_held_out_pictures_are_no_copies(bench: evaluate.Bench) -> None:
+    found = by_name(bench.measure(bench.dataset.validation.read(range(300)).images, None))
+    assert found["copy_ratio"].low <= 1.0 <= found["copy_ratio"].high
+    assert "label_accuracy" not in found
+
+
+def test_noise_and_mode_loss_are_seen(bench: evaluate.Bench) -> None:
+    noise = torch.randint(0, 256, (300, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    worse = by_name(bench.measure(noise, None))
+    assert worse["frechet"].value > 5 * worse["frechet"].floor
+    train = bench.dataset.train
+    everything = train.read(range(len(train)))
+    zeros = everything.images[everything.labels == 0]
+    collapsed = by_name(bench.measure(zeros.repeat(4, 1, 1, 1)[:300], None))
+    assert collapsed["coverage"].value < 0.3 * collapsed["coverage"].floor
+
+
+def test_wrong_labels_are_seen(bench: evaluate.Bench) -> None:
+    batch = bench.dataset.validation.read(range(300))
+    found = by_name(bench.measure(batch.images, ((batch.labels + 1) % 10).tolist()))
+    assert found["label_accuracy"].value < 0.05
+
+
+def test_judge_is_trained_once_and_two_judges_differ(bench: evaluate.Bench) -> None:
+    first, again, second = (evaluate.judge(bench.dataset, number, lambda sentence: None) for number in (0, 0, 1))
+    assert first.weights == again.weights
+    assert evaluate.hash_of(first.weights) != evaluate.hash_of(second.weights)
+
+
+def test_a_run_keeps_its_measurements(tmp_path: Path) -> None:
+    settings = {
+        "family": {"width": 8, "z_dim": 8},
+        "train": {"total_kimg": 0.2, "batch": 32},
+        "data": {"validation_fraction": 0.3},
+    }
+    run = api.train("vae", "builtin:digits", tmp_path / "run", settings=settings)
+    rows = api.evaluate(run, n=100, features="randconv")
+    assert {"frechet", "coverage", "mse", "r2", "copy_ratio", "label_accuracy"} <= {row.metric for row in rows}
+    kept = evaluate.newest(Run.open(tmp_path / "run"))
+    assert kept["FD[randconv-v1]"].value == next(row.value for row in rows if row.metric == "frechet")
+    assert kept["FD[randconv-v1]"].provenance.weights_hash == evaluate.hash_of(run.weights())
+    assert run.picture_path("neighbours").is_file()
+    assert not any("FID" in label for label in kept), "only Inception features may be called that"
+    table = evaluate.comparison_table(api.compare([run, run]))
+    assert "FD[randconv-v1]" in table and "best" not in table, "equal runs must not be ranked"
+
+
+def test_a_folder_of_pictures_is_measured(tmp_path: Path) -> None:
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    for index, pixels in enumerate(load_digits().images[:60]):
+        Image.fromarray(np.uint8(pixels * 15.9)).save(tmp_path / f"{index}.png")
+    found = by_name(api.evaluate(tmp_path, "builtin:digits", features="randconv"))
+    assert found["frechet"].n == 60
+    assert json.loads(found["frechet"].to_json())["features"] == "randconv-v1"
+    with pytest.raises(UsageError, match="--data"):
+        api.evaluate(tmp_path)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 10), (5, 10), (10, 10), (95, 100)])
+def test_wilson_contains_the_share(successes: int, n: int) -> None:
+    low, high = evaluate.wilson(successes, n)
+    assert 0 <= low <= successes / n <= high <= 1

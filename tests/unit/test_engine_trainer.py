@@ -1,0 +1,202 @@
+"""The trainer's promises, with families of a few numbers: phases, accumulation, memory, schedules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from imagekiln.config import FamilyConfig, Recipe, write_toml
+from imagekiln.core import Family, Loss, Phase
+from imagekiln.engine.run import Run
+from imagekiln.engine.tracker import Silent
+from imagekiln.engine.trainer import Trainer
+from imagekiln.errors import CheckpointError, OutOfMemory
+from imagekiln.testing import Toy
+
+
+class Config(FamilyConfig):
+    name: str = "linear"
+
+
+class Linear(Family):
+    """A least-squares fit without randomness, which notes what it was asked."""
+
+    Config = Config
+    optimizers = {"net": {}}
+    phases: tuple[Phase, ...] = (Phase("fit", trains=("net",)),)
+    averaged = ("net",)
+    largest = 10**9
+
+    def __init__(self, phases: tuple[Phase, ...] = (Phase("fit", trains=("net",)),)) -> None:
+        super().__init__(Config(), (3, 16, 16), 3)
+        torch.manual_seed(0)
+        self.net, self.other = torch.nn.Linear(768, 3), torch.nn.Linear(768, 3)
+        self.phases, self.asked, self.ended = phases, [], 0
+
+    def loss(self, phase, batch, progress):
+        if len(batch.images) > self.largest:
+            raise torch.OutOfMemoryError("a picture too many")
+        trained = [name for name, child in self.named_children() if child.weight.requires_grad]
+        self.asked.append((phase, progress.nimg, tuple(trained), batch.images.flatten(1).sum(1).tolist()))
+        scores = sum(getattr(self, name)(batch.images.flatten(1)) for name in trained)
+        return Loss((scores - torch.nn.functional.one_hot(batch.labels, 3)).square().mean())
+
+    def after_step(self, progress):
+        self.ended += 1
+
+    def sample(self, noise, condition, options=None):
+        return noise.clamp(-1, 1)
+
+    def noise_shape(self):
+        return self.image_shape
+
+
+def trainer(folder: Path, family: Linear | None = None, lr: float = 0.01, **train: object) -> Trainer:
+    family = family or Linear()
+    settings = {"batch": 8, "total_kimg": 0.16, "precision": "fp32", "device": "cpu", "compile": "off",
+                "schedule": "constant", "warmup_fraction": 0, "clip_norm": 0, **train}
+    optim = {phase.optimizer: {"name": "sgd", "lr": lr} for phase in family.phases}
+    recipe = Recipe.model_validate({"family": {"name": "linear"}, "optim": optim, "train": settings})
+    run = Run.create(folder / str(len(list(folder.iterdir()))), write_toml(recipe), {})
+    return Trainer(recipe, family, Toy(), Toy(), run, Silent())
+
+
+def steps(made: Trainer, count: int) -> Trainer:
+    for _ in range(count):
+        made.step()
+    return made
+
+
+def weights(made: Trainer) -> torch.Tensor:
+    return made.family.net.weight.detach()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_a_batch_in_parts_learns_the_same(tmp_path: Path, parts: int) -> None:
+    whole, split = steps(trainer(tmp_path), 5), steps(trainer(tmp_path, accumulate=parts), 5)
+    assert split.loader.size == 8 // parts and split.state.nimg == whole.state.nimg == 40
+    assert torch.allclose(weights(whole), weights(split), atol=1e-6)
+    assert not torch.equal(weights(whole), weights(steps(trainer(tmp_path), 4)))
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
+def test_out_of_memory_halves_the_parts_and_learns_the_same(tmp_path: Path, kind) -> None:
+    small = Linear()
+    small.largest = 2
+    made = steps(trainer(tmp_path, small), 5)
+    assert made.state.accumulate == 4 and made.loader.size == 2
+    assert [event["kind"] for event in made.run.events()] == ["memory", "memory"]
+    assert torch.allclose(weights(made), weights(steps(trainer(tmp_path), 5)), atol=1e-6)
+
+
+def test_when_one_picture_does_not_fit_it_says_what_to_lower(tmp_path: Path) -> None:
+    none = Linear()
+    none.largest = 0
+    with pytest.raises(OutOfMemory, match=r"1 picture.*data\.size.*train\.batch"):
+        trainer(tmp_path, none).step()
+
+
+def test_the_parts_found_by_running_out_of_memory_are_kept_on_resuming(tmp_path: Path) -> None:
+    small = Linear()
+    small.largest = 4
+    first = steps(trainer(tmp_path, small), 2)
+    first.time_event("checkpoint")
+    second = Trainer(first.recipe, Linear(), Toy(), Toy(), first.run, Silent())
+    assert second.restore() and second.loader.size == 4
+
+
+def test_lazy_phases_share_the_optimizer_and_are_scaled(tmp_path: Path) -> None:
+    lazy = Linear((Phase("main", trains=("net",)), Phase("penalty", trains=("net",), every=4)))
+    made = trainer(tmp_path, lazy)
+    assert list(made.optimizers) == ["net"]
+    steps(made, 9)
+    assert [nimg for phase, nimg, *_ in lazy.asked if phase == "penalty"] == [0, 32, 64]
+    assert len([1 for phase, *_ in lazy.asked if phase == "main"]) == 9 and lazy.ended == 9
+
+
+def test_every_k_steps_counts_k_times(tmp_path: Path) -> None:
+    """One step of a phase with every = 4 moves the weights as far as the gradient times four."""
+    plain = trainer(tmp_path, Linear((Phase("fit", trains=("net",)),)), lr=0.04)
+    lazy = trainer(tmp_path, Linear((Phase("fit", trains=("net",), every=4),)), lr=0.01)
+    assert torch.allclose(weights(steps(plain, 1)), weights(steps(lazy, 1)), atol=1e-6)
+
+
+def test_repeats_see_fresh_pictures_and_count_them(tmp_path: Path) -> None:
+    critic = Linear((Phase("critic", trains=("other",), repeat=3), Phase("fit", trains=("net",))))
+    made = steps(trainer(tmp_path, critic, batch=4), 2)
+    assert made.images_per_step == 12 and made.state.nimg == 24
+    assert [phase for phase, *_ in critic.asked] == ["critic", "critic", "critic", "fit"] * 2
+    seen = [made.loader.order(nimg, 4).tolist() for nimg in (0, 4, 8)]
+    assert len({tuple(rows) for rows in seen}) == 3
+    sums = [images for phase, nimg, _, images in critic.asked if phase == "critic" and nimg == 0]
+    expected = [made.train_source.read(rows).images.float().flatten(1) / 127.5 - 1 for rows in seen]
+    for got, images in zip(sums, expected, strict=True):
+        assert got == pytest.approx(images.sum(1).tolist(), rel=1e-5)
+
+
+def test_a_phase_freezes_what_it_does_not_train(tmp_path: Path) -> None:
+    both = Linear((Phase("a", trains=("net",)), Phase("b", trains=("other",)), Phase("c", trains=("net", "other"))))
+    made = steps(trainer(tmp_path, both), 2)
+    assert [trained for _, _, trained, _ in both.asked] == [("net",), ("other",), ("net", "other")] * 2
+    assert sorted(made.optimizers) == ["net", "net-other", "other"]
+
+
+def rates(made: Trainer) -> list[float]:
+    found = []
+    while made.state.nimg < made.total_nimg:
+        made.step()
+        found.append(next(iter(made.optimizers.values())).param_groups[0]["lr"])
+    return found
+
+
+def test_the_schedule_counts_images_not_steps(tmp_path: Path) -> None:
+    """What a linear decay spends over the run per image does not depend on the batch."""
+    for batch in (4, 8, 16):
+        spent = rates(trainer(tmp_path, batch=batch, schedule="linear"))
+        assert sum(spent) / len(spent) == pytest.approx(0.01 / 2)
+        assert spent == sorted(spent, reverse=True)
+    warm = rates(trainer(tmp_path, warmup_fraction=0.5))
+    assert warm[:10] == sorted(warm[:10]) and warm[10:] == [pytest.approx(0.01)] * 10
+
+
+def test_no_gradient_is_longer_than_the_clip(tmp_path: Path) -> None:
+    made = trainer(tmp_path, lr=1.0, clip_norm=1e-3)
+    before = weights(made).clone()
+    made.step()
+    assert float((weights(made) - before).norm()) <= 1.001e-3
+
+
+def test_order_of_pictures_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    one, same, other = (trainer(tmp_path, seed=seed) for seed in (1, 1, 2))
+    assert one.loader.order(0, 48).tolist() == same.loader.order(0, 48).tolist() != other.loader.order(0, 48).tolist()
+
+
+def test_patience_stops_a_run(tmp_path: Path) -> None:
+    made = trainer(tmp_path, patience=2, validate_kimg=0.008, total_kimg=10)
+    type(made.family).monitor = "fit"
+    try:
+        for parameter in made.family.parameters():
+            parameter.data.zero_()
+        made.recipe.optim["net"].__dict__["lr"] = 0.0
+        state = made.fit()
+    finally:
+        type(made.family).monitor = None
+    assert state.nimg == 24 and made.run.status()["state"] == "finished"
+
+
+def test_a_checkpoint_of_another_network_is_refused_in_words(tmp_path: Path) -> None:
+    first = steps(trainer(tmp_path), 1)
+    first.time_event("checkpoint")
+    other = Linear()
+    other.net = torch.nn.Linear(768, 4)
+    with pytest.raises(CheckpointError, match="does not fit this recipe's networks"):
+        Trainer(first.recipe, other, Toy(), Toy(), first.run, Silent()).restore()
+
+
+def test_weights_that_are_not_numbers_are_not_saved(tmp_path: Path) -> None:
+    made = steps(trainer(tmp_path), 1)
+    with torch.no_grad():
+        made.family.net.weight[0, 0] = float("nan")
+    made.time_event("checkpoint")
+    assert not list(made.run.checkpoints.iterdir()) and made.run.events()[-1]["kind"] == "non-finite"
