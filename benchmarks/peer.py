@@ -31,7 +31,12 @@ LEARNING_RATE = 1e-4
 WARM_UP_STEPS = 500
 DIFFUSION_STEPS = 1000
 SIZE_KEYS = (
-    "sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels",
+    "sample_size",
+    "in_channels",
+    "out_channels",
+    "down_block_types",
+    "up_block_types",
+    "block_out_channels",
     "layers_per_block",
 )
 
@@ -62,7 +67,13 @@ class PeerLoop:
     """
 
     def __init__(
-        self, network: Mapping[str, Any], images_NCHW: np.ndarray, *, batch: int, total_steps: int, seed: int = 0,
+        self,
+        network: Mapping[str, Any],
+        images_NCHW: np.ndarray,
+        *,
+        batch: int,
+        total_steps: int,
+        seed: int = 0,
         mixed_precision: str = "no",
     ) -> None:
         from accelerate import Accelerator
@@ -76,8 +87,13 @@ class PeerLoop:
         self.dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
         net = UNet2DModel(**network)
         self.ema = EMAModel(
-            net.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4,
-            model_cls=UNet2DModel, model_config=net.config,
+            net.parameters(),
+            decay=0.9999,
+            use_ema_warmup=True,
+            inv_gamma=1.0,
+            power=3 / 4,
+            model_cls=UNet2DModel,
+            model_config=net.config,
         )
         self.noise_scheduler = DDPMScheduler(num_train_timesteps=DIFFUSION_STEPS, beta_schedule="linear")
         optimizer = torch.optim.AdamW(
@@ -87,7 +103,9 @@ class PeerLoop:
             "cosine", optimizer=optimizer, num_warmup_steps=WARM_UP_STEPS, num_training_steps=total_steps
         )
         loader = DataLoader(Pictures(images_NCHW), batch_size=batch, shuffle=True)
-        self.net, self.optimizer, self.loader, self.schedule = self.accelerator.prepare(net, optimizer, loader, schedule)
+        self.net, self.optimizer, self.loader, self.schedule = self.accelerator.prepare(
+            net, optimizer, loader, schedule
+        )
         self.ema.to(self.accelerator.device)
         self._batches = self._endless()
 
@@ -143,8 +161,11 @@ class PeerLoop:
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{entry}": value for entry, value in state.items()}
         state = {
-            "steps": self.steps, "total_steps": self.total_steps, "ema_steps": self.ema.optimization_step,
-            "lr": self.optimizer.param_groups[0]["lr"], **facts,
+            "steps": self.steps,
+            "total_steps": self.total_steps,
+            "ema_steps": self.ema.optimization_step,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            **facts,
         }
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
         write_whole(path, to_bytes(tensors, {"state": json.dumps(state)}))

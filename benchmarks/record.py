@@ -1,7 +1,7 @@
 """The records tool: one measured result, one JSON file, with everything needed to believe and repeat it.
 
-A record is written whole or not at all, never overwritten, and refuses a number that is not finite. Numbers shown in the
-README come from these files and from nowhere else.
+A record is written whole or not at all, never overwritten, and refuses a number that is not finite. Numbers shown in
+the README come from these files and from nowhere else.
 
     {"name", "date", "command", "hardware", "versions", "commit",
      "rows": [{"what", "value", "unit", "n", "seeds", "interval", "sd", "raw"}], "notes", "facts"}
@@ -18,7 +18,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -51,7 +51,9 @@ class Row:
     raw: Sequence[float] = ()
 
     @classmethod
-    def of(cls, what: str, values: Sequence[float], unit: str = "", seeds: Sequence[int] = (), n: int | None = None) -> Row:
+    def of(
+        cls, what: str, values: Sequence[float], unit: str = "", seeds: Sequence[int] = (), n: int | None = None
+    ) -> Row:
         """Mean and standard deviation of one measurement a seed."""
         sd = statistics.stdev(values) if len(values) > 1 else None
         return cls(what, statistics.fmean(values), unit, n, tuple(seeds), None, sd, tuple(values))
@@ -105,7 +107,9 @@ def write_record(
 
 def newest(name: str, folder: Path = FOLDER) -> dict[str, Any] | None:
     """The latest record of this name, or None."""
-    files = [path for path in folder.glob("*.json") if re.fullmatch(rf"{re.escape(name)}-\d{{8}}-\d{{6}}(-\d+)?", path.stem)]
+    files = [
+        path for path in folder.glob("*.json") if re.fullmatch(rf"{re.escape(name)}-\d{{8}}-\d{{6}}(-\d+)?", path.stem)
+    ]
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(files, key=_age)]
     return records[-1] if records else None
 
@@ -156,7 +160,10 @@ def commit() -> str | None:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
         changes = subprocess.run(
             [*git, "status", "--porcelain", "--", ":/imagekiln", ":/benchmarks"],
-            capture_output=True, text=True, timeout=10, check=True,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

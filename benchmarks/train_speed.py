@@ -5,8 +5,8 @@ B: diffusers' `train_unconditional.py` loop through accelerate as shipped: float
 C: the same with `--mixed_precision bf16`.
 
 All three train a U-Net of the same widths, layers and attention on the same random pictures, each in a process of its
-own on all threads, interleaved A B C A B C. Parameters agree to 5 %; ours has scale-and-shift time conditioning and wider
-attention heads, its defaults, so this compares trainings as shipped and not the same arithmetic.
+own on all threads, interleaved A B C A B C. Parameters agree to 5 %; ours has scale-and-shift time conditioning and
+wider attention heads, its defaults, so this compares trainings as shipped and not the same arithmetic.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import ours
 import pairs
 import peer
+import torch
 from record import Row, hardware, this_command, versions, write_record
 
 OURS, PEER, PEER_BF16 = "imagekiln", "diffusers fp32", "diffusers bf16"
@@ -39,7 +38,9 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--warm-up", type=int, default=2, help="steps of each case before the first round (2)")
     arguments.add_argument("--batch", type=int, default=64, help="pictures a step (64)")
     arguments.add_argument("--size", type=int, default=32, help="height and width in pixels (32)")
-    arguments.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256], help="channels by level (64 128 256)")
+    arguments.add_argument(
+        "--widths", type=int, nargs="+", default=[64, 128, 256], help="channels by level (64 128 256)"
+    )
     arguments.add_argument("--layers", type=int, default=2, help="residual blocks a level (2)")
     arguments.add_argument("--threads", type=int, default=0, help="threads of each case (0 = torch's own choice)")
     arguments.add_argument("--json", type=Path, metavar="FILE", help="also write everything measured to this file")
@@ -76,7 +77,11 @@ def build_peer(
     _use_threads(options.threads)
     pictures = ours.random_pictures(PICTURES, 3, options.size)
     loop = peer.PeerLoop(
-        peer.network_config(network), pictures, batch=options.batch, total_steps=100_000, mixed_precision=mixed_precision
+        peer.network_config(network),
+        pictures,
+        batch=options.batch,
+        total_steps=100_000,
+        mixed_precision=mixed_precision,
     )
     precision = "bfloat16" if mixed_precision == "bf16" else "fp32"
     facts = {"parameters": ours.parameters(loop.net), "precision": precision, "threads": torch.get_num_threads()}
@@ -90,8 +95,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     workers[PEER] = pairs.Worker(build_peer, options, network, "no")
     workers[PEER_BF16] = pairs.Worker(build_peer, options, network, "bf16")
     for name, worker in workers.items():
-        print(f"{name:<16}{worker.facts['parameters']:>12,} parameters, {worker.facts['precision']}, "
-              f"{worker.facts['threads']} threads", flush=True)
+        print(
+            f"{name:<16}{worker.facts['parameters']:>12,} parameters, {worker.facts['precision']}, "
+            f"{worker.facts['threads']} threads",
+            flush=True,
+        )
     images = options.steps * options.batch
 
     def say(index: int, seconds: Mapping[str, float]) -> None:
@@ -130,8 +138,9 @@ def main(given: Sequence[str] | None = None) -> int:
     if not fair:
         print(f"The networks differ by {mine / theirs - 1:+.1%} in parameters: do not quote this.", file=sys.stderr)
     if options.json:
-        text = json.dumps({**found, "hardware": hardware(), "versions": versions(), "options": vars(options)},
-                          indent=1, default=str)
+        text = json.dumps(
+            {**found, "hardware": hardware(), "versions": versions(), "options": vars(options)}, indent=1, default=str
+        )
         options.json.write_text(text + "\n", encoding="utf-8")
     if options.record and fair:
         notes = ["Intervals are the smallest and the largest of all rounds."]

@@ -1,8 +1,8 @@
 """What does the trainer cost over a bare loop of the same family, at about 20 ms a step?
 
-Both sides train the same network with the same loss, precision, clipping, fused AdamW and moving averages, in one process,
-in interleaved pairs. The bare loop has none of what the trainer adds: data order and seeds as functions of images seen,
-phases, the finite check, schedules, notes for the log. The target is at most 3 %.
+Both sides train the same network with the same loss, precision, clipping, fused AdamW and moving averages, in one
+process, in interleaved pairs. The bare loop has none of what the trainer adds: data order and seeds as functions of
+images seen, phases, the finite check, schedules, notes for the log. The target is at most 3 %.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
 import ours
 import pairs
+import torch
+from record import Row, this_command, write_record
+
 from imagekiln import optim
 from imagekiln.core import Batch, Progress
 from imagekiln.data import to_float
 from imagekiln.engine.trainer import Trainer
-from record import Row, this_command, write_record
 
 TARGET_PERCENT = 3.0
 TRAINER, BARE = "trainer", "bare loop"
@@ -84,7 +84,9 @@ def profile(trainer: Trainer, steps: int) -> None:
     for _ in range(steps):
         trainer.step()
     profiler.disable()
-    pstats.Stats(profiler, stream=sys.stdout).sort_stats("cumulative").print_stats("imagekiln|clip_grad|manual_seed", 30)
+    pstats.Stats(profiler, stream=sys.stdout).sort_stats("cumulative").print_stats(
+        "imagekiln|clip_grad|manual_seed", 30
+    )
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -109,11 +111,15 @@ def main(given: Sequence[str] | None = None) -> int:
     percent = [100 * (mine / bare - 1) for mine, bare in zip(seconds[TRAINER], seconds[BARE], strict=True)]
     overhead = Row.median("the trainer over a bare loop", percent, "percent", options.steps)
     low, high = min(percent), max(percent)
-    print(f"overhead {overhead.value:.2f} % ({low:.2f} .. {high:.2f}), target <= {TARGET_PERCENT:g} %, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(
+        f"overhead {overhead.value:.2f} % ({low:.2f} .. {high:.2f}), target <= {TARGET_PERCENT:g} %, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
     if options.record:
-        times = [Row.median(f"{name}, a step", [1000 * v / options.steps for v in seconds[name]], "ms", options.steps)
-                 for name in cases]
+        times = [
+            Row.median(f"{name}, a step", [1000 * v / options.steps for v in seconds[name]], "ms", options.steps)
+            for name in cases
+        ]
         notes = ["Intervals are the smallest and the largest of all rounds."]
         print(write_record("trainer-overhead", this_command(), [overhead, *times], notes=notes))
     return 0 if overhead.value <= TARGET_PERCENT else 1

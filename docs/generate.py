@@ -33,7 +33,7 @@ def pages() -> dict[Path, str]:
     for path in sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]):
         text = path.read_text(encoding="utf-8")
         whole = re.sub(r"(<!-- (\w+):begin -->\n).*?(<!-- \2:end -->)", _filled, text, flags=re.DOTALL)
-        if whole != text or "<!-- records:begin -->" in text:
+        if ":begin -->" in text:
             found[path] = whole
     return found
 
@@ -49,27 +49,11 @@ def _filled(match: re.Match[str]) -> str:
 
 
 def records(folder: Path = ROOT / "records") -> str:
-    """One table of all rows of all records, the newest record first; what a row lacks stays empty."""
-    read = [record for path in sorted(folder.glob("*.json")) if (record := _record(path))]
-    read.sort(key=lambda record: str(record.get("date", "")), reverse=True)
-    rows = [
-        (
-            record.get("name", ""),
-            row.get("what", ""),
-            _value(row),
-            _interval(row.get("interval")),
-            row.get("n", ""),
-            _count(row.get("seeds")),
-            record.get("hardware", ""),
-            _source(record),
-        )
-        for record in read
-        for row in record.get("rows", [])
-        if isinstance(row, Mapping)
-    ]
-    if not rows:
-        return NO_RECORDS
-    return table(("record", "what", "value", "95 % interval", "n", "seeds", "hardware", "measured"), rows)
+    """The newest record of every name: where it comes from, its rows, its notes. What a record lacks stays away."""
+    newest: dict[str, dict[str, Any]] = {}
+    for record in sorted(filter(None, map(_record, folder.glob("*.json"))), key=lambda record: str(record.get("date"))):
+        newest[str(record.get("name"))] = record
+    return "\n\n".join(_shown_record(name, newest[name]) for name in sorted(newest)) or NO_RECORDS
 
 
 def _record(path: Path) -> dict[str, Any] | None:
@@ -80,8 +64,39 @@ def _record(path: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and isinstance(record.get("rows"), list) else None
 
 
-def _value(row: Mapping[str, Any]) -> str:
-    return " ".join(part for part in (_number(row.get("value")), str(row.get("unit") or "")) if part)
+def _shown_record(name: str, record: Mapping[str, Any]) -> str:
+    commit, changed, _ = str(record.get("commit") or "").partition("+")
+    origin = [
+        str(record.get("date") or "")[:10],
+        f"commit {commit[:10]}{' with changes' if changed else ''}" if commit else "",
+        _hardware(record.get("hardware")),
+        f"`{record['command']}`" if record.get("command") else "",
+    ]
+    rows = [
+        (
+            row.get("what", ""),
+            " ".join(part for part in (_number(row.get("value")), str(row.get("unit") or "")) if part),
+            _interval(row.get("interval")),
+            _number(row.get("sd")),
+            _number(row.get("n")),
+            _count(row.get("seeds")),
+        )
+        for row in record["rows"]
+        if isinstance(row, Mapping)
+    ]
+    parts = [
+        f"**{name}** ({'; '.join(filter(None, origin))})",
+        table(("what", "value", "interval", "sd", "n", "seeds"), rows),
+        " ".join(map(str, record.get("notes") or [])),
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def _hardware(given: Any) -> str:
+    if not isinstance(given, Mapping):
+        return str(given or "")
+    device = str(given.get("device") or given.get("processor") or "")
+    return f"{device} of {given['cores']} cores" if given.get("cores") and "threads" in device else device
 
 
 def _interval(given: Any) -> str:
@@ -91,11 +106,7 @@ def _interval(given: Any) -> str:
 
 
 def _count(seeds: Any) -> str:
-    return str(len(seeds) if isinstance(seeds, list | tuple) else "" if seeds is None else seeds)
-
-
-def _source(record: Mapping[str, Any]) -> str:
-    return ", ".join(part for part in (str(record.get("date") or ""), str(record.get("commit") or "")[:8]) if part)
+    return str(len(seeds) or "") if isinstance(seeds, list | tuple) else _number(seeds)
 
 
 def _number(value: Any) -> str:
@@ -127,7 +138,8 @@ def exit_codes() -> str:
     """Exit codes with the error behind each."""
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     rows = [("0", "done")]
-    rows += [(str(kind.exit_code), f"`{kind.__name__}`: {_first(kind.__doc__)}") for kind in kinds]
+    meanings = {errors.ImagekilnError: "anything else"}
+    rows += [(str(kind.exit_code), f"`{kind.__name__}`: {meanings.get(kind, _first(kind.__doc__))}") for kind in kinds]
     rows += [("130", "a second signal: left at once; what is on disk is whole")]
     return table(("code", "meaning"), sorted(rows, key=lambda row: int(row[0])))
 

@@ -1,8 +1,8 @@
 """Runs `imagekiln` command lines in processes of their own without paying for `import torch` each time.
 
-A request is one line of JSON on stdin: `{"start": [arguments], "cwd": ..., "out": ..., "err": ..., "limits": ...}` forks a
-child that calls the same `main()` as the console script and answers its process id; `{"poll": pid}` answers its exit code
-(negative for a signal) or null. Nothing is computed before the fork, so a child starts as a fresh process would.
+A request is a line of JSON on stdin. `{"start": [arguments], "cwd": ..., "out": ..., "err": ..., "limits": ...}` forks
+a child that calls the same `main()` as the console script, and answers its process id; `{"poll": pid}` answers its exit
+code (negative for a signal) or null. Nothing is computed before the fork, so a child starts as a fresh process would.
 """
 
 from __future__ import annotations

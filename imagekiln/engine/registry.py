@@ -43,7 +43,10 @@ def load(name: str) -> type[Family]:
     found = [
         value
         for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, Family) and value.__module__ == module.__name__
+        if inspect.isclass(value)
+        and issubclass(value, Family)
+        and value is not Family
+        and value.__module__ == module.__name__
     ]
     if len(found) != 1:
         raise RecipeError(f"family {name!r}: {module.__file__} must define one subclass of Family, not {len(found)}.")

@@ -1,6 +1,6 @@
 """The run folder: the only artefact of a training, and the only file that knows what lies in it by which name.
 
-Every small file is written aside, flushed and renamed, so a reader never sees half of one. This module imports no torch.
+Every small file is written aside, flushed and renamed, so a reader never sees half of one. No torch is imported here.
 """
 
 from __future__ import annotations
@@ -208,8 +208,10 @@ class Run:
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         path = self.path / name
-        with disk_faults(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(row)) + "\n")
+        with disk_faults(path), path.open("ab+") as file:
+            if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
+                file.write(b"\n")  # a crash cut the last row short
+            file.write(json.dumps(dict(row)).encode() + b"\n")
 
     # -- what it made -------------------------------------------------------------------------------------------------
 

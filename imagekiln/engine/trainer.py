@@ -203,8 +203,9 @@ class Trainer:
         if rollbacks > MAX_ROLLBACKS:
             self._status("diverged")
             raise Diverged(
-                f"The training left the finite numbers {rollbacks} times, the last time after {self.state.nimg} images. "
-                "Lower optim.*.lr, set train.precision = 'fp32', or look at the pictures; the last good checkpoint is kept."
+                f"The training left the finite numbers {rollbacks} times, at last after {self.state.nimg} images. "
+                "Lower optim.*.lr, set train.precision = 'fp32', or look at the pictures; "
+                "the last good checkpoint is kept."
             )
         self.restore()
         self.state = dataclasses.replace(

@@ -69,7 +69,8 @@ class Classifier(nn.Module):
         self.image_shape = tuple(image_shape)
         self.num_classes = num_classes
         self.num_features = 4 * width
-        side, stages = min(height, width_px), []
+        stages: list[int] = []
+        side = min(height, width_px)
         while side > LAST_MAP:
             side, stages = (side + 1) // 2, [*stages, min(width * 2 ** (len(stages) + 1), self.num_features)]
         stages[-1] = self.num_features

@@ -214,10 +214,16 @@ def test_no_assert_statements() -> None:
         assert not [n.lineno for n in ast.walk(tree(path)) if isinstance(n, ast.Assert)], path
 
 
+OPENS_PICTURES = {
+    "data/decode.py": "the guarded way in, for all pictures from outside",
+    "report/pictures.py": "shrinks PNG files of the run itself, from bytes already read and with the format fixed",
+}
+
+
 def test_pictures_are_opened_in_one_place() -> None:
     for path in FILES:
         opened = {name for name, _ in calls(path)} & {"Image.open", "PIL.Image.open"}
-        assert not opened or path == PACKAGE / "data" / "decode.py", path
+        assert not opened or path.relative_to(PACKAGE).as_posix() in OPENS_PICTURES, path
 
 
 def test_nothing_that_is_read_is_executed() -> None:

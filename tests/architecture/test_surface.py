@@ -1,4 +1,4 @@
-"""What is exported resolves, help needs no torch, recipes parse, and the way from the command line to a loss is short."""
+"""What is exported resolves, help needs no torch, recipes parse, and from the command line to a loss it is not far."""
 
 from __future__ import annotations
 

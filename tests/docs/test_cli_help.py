@@ -1,4 +1,4 @@
-"""Every `--help` equals its stored text, so a change of the command line is seen in the diff (`make golden` rewrites)."""
+"""Every `--help` equals its stored text: a change of the command line is seen in the diff (`make golden` rewrites)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers that leave the finite ones: a step is left out, then the run goes back, then it gives up; weights stay clean."""
+"""Numbers that are not finite: a step is left out, then the run goes back, then it gives up; weights stay clean."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
 from imagekiln.config import write_toml
 from imagekiln.core import Family
 from imagekiln.engine import recipe as recipes
@@ -39,8 +40,7 @@ def test_a_file_that_fails_can_be_mended_and_loaded_again(tmp_path: Path) -> Non
     file.write_text("1 / 0")
     with pytest.raises(RecipeError, match="ZeroDivisionError"):
         registry.load(str(file))
-    source = "from imagekiln.families.vae import Config\nfrom imagekiln.core import Family\nclass Mine(Family): Config = Config\n"
-    file.write_text(source)
+    file.write_text("from imagekiln.core import Family\nclass Mine(Family): pass\n")
     assert registry.load(str(file)).__name__ == "Mine"
 
 

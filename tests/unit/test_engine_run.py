@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from imagekiln.engine.run import Run, write_whole
 from imagekiln.errors import DiskError, UsageError
 

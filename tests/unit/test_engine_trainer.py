@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from imagekiln.config import FamilyConfig, Recipe, write_toml
 from imagekiln.core import Family, Loss, Phase
 from imagekiln.engine.run import Run
@@ -39,7 +40,7 @@ class Linear(Family):
             raise torch.OutOfMemoryError("a picture too many")
         trained = [name for name, child in self.named_children() if child.weight.requires_grad]
         self.asked.append((phase, progress.nimg, tuple(trained), batch.images.flatten(1).sum(1).tolist()))
-        scores = sum(getattr(self, name)(batch.images.flatten(1)) for name in trained)
+        scores = sum(getattr(self, name)(batch.images.flatten(1)) for name in trained or ["net"])
         return Loss((scores - torch.nn.functional.one_hot(batch.labels, 3)).square().mean())
 
     def after_step(self, progress):
@@ -54,8 +55,17 @@ class Linear(Family):
 
 def trainer(folder: Path, family: Linear | None = None, lr: float = 0.01, **train: object) -> Trainer:
     family = family or Linear()
-    settings = {"batch": 8, "total_kimg": 0.16, "precision": "fp32", "device": "cpu", "compile": "off",
-                "schedule": "constant", "warmup_fraction": 0, "clip_norm": 0, **train}
+    settings = {
+        "batch": 8,
+        "total_kimg": 0.16,
+        "precision": "fp32",
+        "device": "cpu",
+        "compile": "off",
+        "schedule": "constant",
+        "warmup_fraction": 0,
+        "clip_norm": 0,
+        **train,
+    }
     optim = {phase.optimizer: {"name": "sgd", "lr": lr} for phase in family.phases}
     recipe = Recipe.model_validate({"family": {"name": "linear"}, "optim": optim, "train": settings})
     run = Run.create(folder / str(len(list(folder.iterdir()))), write_toml(recipe), {})
