@@ -9,7 +9,9 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
 
 from imagekiln import errors
 from imagekiln.config import (
@@ -164,11 +166,18 @@ def settings() -> str:
 
 def _settings_of(title: str, model: type[Section], skip: Iterable[str] = ()) -> str:
     rows = [
-        (f"`{key}`", f"`{_shown(field.default)}`", field.description or "")
+        (f"`{key}`", f"`{_shown(field.default)}`", _meaning(field))
         for key, field in model.model_fields.items()
         if key not in skip
     ]
     return f"{title}\n\n{table(('setting', 'default', 'meaning'), rows)}"
+
+
+def _meaning(field: FieldInfo) -> str:
+    """The description, and the choices where there are only so many."""
+    chosen = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    choices = f"one of {', '.join(f'`{_shown(choice)}`' for choice in chosen)}" if chosen else ""
+    return "; ".join(filter(None, (choices, field.description)))
 
 
 def _shown(default: Any) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -29,7 +30,7 @@ from imagekiln.engine import recipe as recipes
 from imagekiln.engine.run import Run, disk_faults
 from imagekiln.engine.tracker import Several, Silent, TensorBoard
 from imagekiln.engine.trainer import Trainer
-from imagekiln.errors import RecipeError, UsageError
+from imagekiln.errors import ImagekilnError, RecipeError, UsageError
 
 Report = Callable[[int, int], None]
 """Told (done, total) now and then during long work."""
@@ -125,6 +126,11 @@ def train(
         )
         try:
             trainer.fit()
+        except ImagekilnError:
+            raise
+        except Exception:
+            run.append_log(traceback.format_exc())
+            raise
         finally:
             Several(listeners).close()
     return run

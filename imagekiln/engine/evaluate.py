@@ -281,7 +281,8 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     z, share = 1.959964, successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At the ends the formula gives 0 and 1 up to rounding.
+    return (0.0 if not successes else centre - half), (1.0 if successes == n else centre + half)
 
 
 def hash_of(path: Path) -> str:

@@ -206,6 +206,11 @@ class Run:
         """Everything that was noticed."""
         return _read_rows(self.path / "doctor.jsonl")
 
+    def append_log(self, text: str) -> None:
+        """A traceback, for a report of a bug."""
+        with disk_faults(self.log_path), self.log_path.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{text}\n")
+
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         path = self.path / name
         with disk_faults(path), path.open("ab+") as file:
@@ -222,7 +227,7 @@ class Run:
 
     @property
     def log_path(self) -> Path:
-        """Tracebacks and warnings, for reports of bugs."""
+        """Tracebacks of unforeseen errors, for reports of bugs."""
         return self.path / "log.txt"
 
     @property

@@ -121,6 +121,7 @@ class Trainer:
                     self._status("interrupted")
                     signals.raise_if_pending()
             self._finish()
+        signals.raise_if_pending()
         return self.state
 
     def step(self) -> None:
