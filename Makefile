@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
-.PHONY: help demo test test-all check format bench golden docs records clean
+.PHONY: help demo test test-all check format bench golden docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -23,10 +23,10 @@ demo: $(VENV)/.user  ## prepare, train, measure and draw handwritten digits, wit
 	$(BIN)/imagekiln demo --out runs/demo
 
 test: $(VENV)/.dev  ## the tests everybody runs
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 test-all: $(VENV)/.dev  ## also the ones that take minutes
-	$(RUN) -m pytest -m "not gpu" --timeout=3600
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not gpu" --timeout=3600
 
 check: $(VENV)/.dev  ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -61,7 +61,9 @@ def draw_sec(run: Path, folder: Path) -> float:
     """Seconds from the start of a process to its first call of a network; it stops there."""
     command = [sys.executable, "-c", DRAW, str(run), "-n", "1", "--out", str(folder)]
     start = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"`imagekiln generate {run}` failed: {done.stderr.strip()}")
     return float(done.stderr.split()[-1]) - start
 
 

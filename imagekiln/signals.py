@@ -32,7 +32,7 @@ def raise_if_pending() -> None:
 
 def _handle(number: int, frame: object) -> None:
     _received.append(signal.Signals(number).name)
-    if len(_received) > 1 and _received[1] != "SIGHUP":
+    if any(name != "SIGHUP" for name in _received[1:]):  # a terminal that closes hangs up after its Ctrl-C
         os._exit(130)  # the user insists; what is on disk is whole, because every file is written aside and renamed
     if _depth == 0:
         raise_if_pending()

@@ -120,14 +120,6 @@ def recognise(path: Path) -> tuple[str, Path] | None:
         if os.path.isfile(folder / _CIFAR_FILES[0]) or (folder == path and os.path.isfile(folder / _TARBALL)):
             return "cifar10", folder
     return None
-    for folder in (path, *below):
-        if (folder / _IMAGES.format("train")).is_file():
-            return "fashion-mnist", folder
-        if (folder / _CIFAR_FILES[0]).is_file():
-            return "cifar10", folder
-        if folder == path and (folder / _TARBALL).is_file():
-            return "cifar10", folder
-    return None
 
 
 def read(name: str, folder: Path) -> Arrays:

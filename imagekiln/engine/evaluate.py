@@ -19,7 +19,7 @@ from torch import Tensor
 
 from imagekiln import data as datasets
 from imagekiln.config import DataConfig, read_toml, write_toml
-from imagekiln.core import Family, Source, mix
+from imagekiln.core import Source, mix
 from imagekiln.engine import pictures
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine.generate import Model, draw, open_model, options_for
@@ -79,14 +79,15 @@ def _evaluate_run(
     dataset = datasets.load(config)
     if dataset.train.image_shape != model.family.image_shape:
         raise UsageError(
-            f"The model draws pictures of {model.family.image_shape} and {config.path} holds {dataset.train.image_shape} "
+            f"The model draws pictures of {model.family.image_shape} and {config.path} holds "
+            f"{dataset.train.image_shape} "
             "(channels, height, width). Evaluate on pictures of the same size."
         )
     seed = recipe.eval.seed if seed is None else seed
     bench = Bench(dataset, features or recipe.eval.features, seed, say, hash_of(model.weights))
     rows: list[Measurement] = []
     if model.family.draws:
-        count = bench.count(n or recipe.eval.n)
+        count = n or recipe.eval.n
         say(f"Drawing {count} pictures.")
         labels = bench.labels(count)
         seeds = [mix(seed, "evaluate", index) for index in range(count)]
@@ -108,7 +109,7 @@ def _evaluate_folder(
     channels, size, _ = dataset.train.image_shape
     drawn = datasets.load(DataConfig(path=str(folder), size=size, channels=channels, validation_fraction=0)).train
     bench = Bench(dataset, features or "auto", seed, say, drawn.fingerprint)
-    count = min(bench.count(n or len(drawn)), len(drawn))
+    count = min(n or len(drawn), len(drawn))
     return bench.measure(drawn.read(range(count)).images, None)
 
 
@@ -152,7 +153,7 @@ class Bench:
         """All measurements of pictures, uint8 (N, C, H, W), and of whether they show what was asked for."""
         self.say(f"Comparing {len(images)} pictures in features of {self.network_name}.")
         generated = self._of(images)
-        reference, real, floor_from = self._real(len(images))
+        reference, real, floor_from = self._real(self.count(len(images)))
         rows = measure(generated, reference, real, self.provenance(self.network_name), seed=self.seed)
         rows = [dataclasses.replace(row, details={**row.details, "floor": floor_from}) for row in rows]
         rows += self._copying(generated)

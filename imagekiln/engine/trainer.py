@@ -83,8 +83,9 @@ class Trainer:
         self.total_nimg = self.config.total_nimg
         self.params = {p.optimizer: self._trainable(p) for p in family.phases}
         self.optimizers = {key: optim.build(recipe.optim[key], self.params[key]) for key in self.params}
+        self.followed = self._averaged(self.family)  # the live tensors: collecting them anew costs as much as a layer
         self.averages = {
-            average.name: optim.Average(average, self._averaged(self.family), dict(family.named_buffers()))
+            average.name: optim.Average(average, self.followed, dict(family.named_buffers()))
             for average in self.config.averages
         }
         self.twin = copy.deepcopy(self.family).eval().requires_grad_(False)
@@ -121,14 +122,14 @@ class Trainer:
                     self._status("interrupted")
                     signals.raise_if_pending()
             self._finish()
-        signals.raise_if_pending()
         return self.state
 
     def step(self) -> None:
         """One training step: every phase that is due, on fresh pictures."""
         number = self.state.nimg // self.images_per_step
         progress = Progress(self.state.nimg, self.total_nimg)
-        self.family.train()
+        if not self.family.training:
+            self.family.train()
         whole = True
         for phase in self.family.phases:
             if number % phase.every == 0:
@@ -138,7 +139,7 @@ class Trainer:
         self.state.nimg += self.images_per_step
         if whole:
             for average in self.averages.values():
-                average.update(self._averaged(self.family), self.state.nimg, self.images_per_step)
+                average.update(self.followed, self.state.nimg, self.images_per_step)
         else:
             self._skipped()
 
@@ -152,7 +153,7 @@ class Trainer:
             position = progress.nimg + turn * self.config.batch + slot * self.loader.size
             try:
                 batch = self.loader.batch(position)
-                torch.manual_seed(self._seed(phase.name, progress.nimg, turn, slot))
+                self._reseed(phase.name, progress.nimg, turn, slot)
                 with self._precision():
                     loss = self.family.loss(phase.name, batch, progress)
                 (loss.total * (phase.every / self.state.accumulate)).backward()
@@ -446,8 +447,13 @@ class Trainer:
         for name, value in scalars.items():
             self._sums.setdefault(f"{phase}/{name}", []).append(value.detach().float())
 
-    def _seed(self, *keys: int | str) -> int:
-        return mix(self.config.seed, self.state.attempt, *keys)
+    def _reseed(self, *keys: int | str) -> None:
+        """All randomness of what follows is a function of these keys."""
+        seed = mix(self.config.seed, self.state.attempt, *keys)
+        if self.device.type == "cpu":
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed also visits every kind of GPU
+        else:
+            torch.manual_seed(seed)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if self.dtype is None:

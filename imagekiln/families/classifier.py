@@ -43,7 +43,9 @@ class Classifier(Family):
 
     def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
         images = batch.images
-        labels = images.new_full((len(images),), UNLABELLED, dtype=torch.int64) if batch.labels is None else batch.labels
+        labels = (
+            images.new_full((len(images),), UNLABELLED, dtype=torch.int64) if batch.labels is None else batch.labels
+        )
         if self.training and self.config.shift:
             images = _shifted(images, self.config.shift)
         logits = self.network(images).float()

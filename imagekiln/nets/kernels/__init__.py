@@ -36,6 +36,10 @@ class Job(ctypes.Structure):
     ]
 
 
+def _platform_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imagekiln"
+
+
 class Unavailable(Exception):
     """There is no compiled library; the message is a clause that says why."""
 
@@ -82,13 +86,13 @@ def _load() -> ctypes.CDLL:
     source = resources.files(__package__).joinpath("group_norm_silu.c").read_bytes()
     identity = [source, compiler.encode(), repr((_FLAGS, _TUNING)).encode(), _processor().encode()]
     name = f"group_norm_silu-{hashlib.sha256(b'|'.join(identity)).hexdigest()[:24]}.so"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imagekiln"
     try:
+        cache = Path(os.environ.get("IMAGEKILN_CACHE") or _platform_cache())
         cache.mkdir(parents=True, exist_ok=True)
         if not (cache / name).exists():
             _compile(compiler, source, cache / name)
         return _bind(cache / name)
-    except OSError:  # no home, a full or read-only disk, a damaged file: compile for this process alone
+    except (OSError, RuntimeError):  # no home, a full or read-only disk, a damaged file: compile for this process alone
         with tempfile.TemporaryDirectory(prefix="imagekiln-") as folder:
             _compile(compiler, source, Path(folder, name))
             return _bind(Path(folder, name))
