@@ -19,6 +19,7 @@ import math
 import os
 import struct
 import tarfile
+import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterable
@@ -149,6 +150,8 @@ def download(published: Published, folder: Path) -> None:
             os.replace(aside, target)
         except (OSError, ValueError) as error:  # URLError, timeouts and HTTP errors are all OSErrors
             reason = getattr(error, "reason", None) or error
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()  # it is also the answer, and holds the connection
             raise DataError(
                 f"{published.title} could not be downloaded ({reason}). Get {published.url}{file} by other means and "
                 f"put it into {folder}, or give the folder that holds it as DATA."

@@ -399,14 +399,14 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(f"{Path(row['run']).name:<{width}}{Path(row['family']).stem:<12}{row['kimg']:>9.1f}{speed:>9}")
     for label in dict.fromkeys(label for row in rows for label in row["measurements"]):
         lines.append(label)
-        have = [
-            (Path(row["run"]).name, _read(row["measurements"][label])) for row in rows if label in row["measurements"]
-        ]
-        reason = next((why for _, m in have[1:] if (why := comparable(have[0][1], m))), None)
-        best = _best(have) if reason is None and len(have) > 1 else None
-        for name, m in have:
+        have = [row for row in rows if label in row["measurements"]]
+        measured = [_read(row["measurements"][label]) for row in have]
+        reason = next((why for other in measured[1:] if (why := comparable(measured[0], other))), None)
+        best = _best(measured) if reason is None else None
+        for row, m in zip(have, measured, strict=True):
             interval = f"  ({m.low:.4g} .. {m.high:.4g})" if m.low is not None and m.high is not None else ""
-            lines.append(f"  {name:<{width}}{m.value:>10.4g}{interval}{'  best' if name == best else ''}")
+            name = Path(row["run"]).name
+            lines.append(f"  {name:<{width}}{m.value:>10.4g}{interval}{'  best' if m is best else ''}")
         if reason is not None:
             lines.append(f"  not ranked: {reason}")
     return "\n".join(lines)
@@ -416,15 +416,15 @@ def _read(row: dict[str, Any]) -> Measurement:
     return Measurement.from_json(json.dumps(row))
 
 
-def _best(have: Sequence[tuple[str, Measurement]]) -> str | None:
+def _best(measured: Sequence[Measurement]) -> Measurement | None:
     """The one whose interval lies beyond all others', or nobody."""
-    sign = 1 if have[0][1].lower_is_better else -1
-    name, first = min(have, key=lambda pair: sign * pair[1].value)
-    rest = [m for other, m in have if other != name]
-    if any(m.low is None or m.high is None for m in [first, *rest]):
+    sign = 1 if measured[0].lower_is_better else -1
+    first = min(measured, key=lambda m: sign * m.value)
+    rest = [m for m in measured if m is not first]
+    if not rest or any(m.low is None or m.high is None for m in measured):
         return None
     apart = all((first.high < m.low) if sign > 0 else (first.low > m.high) for m in rest)  # type: ignore[operator]
-    return name if apart else None
+    return first if apart else None
 
 
 def side_by_side(runs: Sequence[Run | str | Path], out: Path) -> Path:

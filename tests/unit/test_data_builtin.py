@@ -168,7 +168,7 @@ def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     """A publisher on this machine: (its folder, its address)."""
     folder = tmp_path / "publisher"
     folder.mkdir()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=str(folder))) as running:
+    with http.server.HTTPServer(("127.0.0.1", 0), partial(Silent, directory=str(folder))) as running:
         thread = threading.Thread(target=running.serve_forever, args=(0.01,))
         thread.start()
         yield folder, f"http://127.0.0.1:{running.server_port}/"

@@ -219,11 +219,11 @@ def test_a_cache_that_is_damaged_or_cannot_be_written_is_survived(fresh_kernels,
     monkeypatch.setattr(kernels, "_FLAGS", ("-O0", "-fopenmp-simd", "-fPIC", "-shared"))
     blocked = tmp_path / "file"
     blocked.write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    monkeypatch.setenv("IMAGEKILN_CACHE", str(blocked))
     assert layers.fused_norm_available().startswith("yes")
     kernels.library.cache_clear()
     layers._kernel_fault.cache_clear()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("IMAGEKILN_CACHE", str(tmp_path / "imagekiln"))
     assert layers.fused_norm_available().startswith("yes")
     (built,) = (tmp_path / "imagekiln").iterdir()
     built.unlink()
