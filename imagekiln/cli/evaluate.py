@@ -20,17 +20,28 @@ def evaluate(
     steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps (diffusion).")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", help="1 = none (diffusion with labels).")] = None,
     sampler: Annotated[str | None, typer.Option("--sampler", help="dpmpp_2m, heun, euler or ddim.")] = None,
+    options: Annotated[list[str] | None, typer.Option("--option", help="Another one, as name=value.")] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Measure quality, diversity and copying, with intervals and the real-versus-real floor."""
     from imagekiln import api
+    from imagekiln.config import override
     from imagekiln.engine.evaluate import table
     from imagekiln.engine.run import Run
     from imagekiln.report import write
 
     rows = api.evaluate(
-        subject, data, n=n, features=features, seed=seed, progress=say, steps=steps, guidance=guidance, sampler=sampler
+        subject,
+        data,
+        n=n,
+        features=features,
+        seed=seed,
+        progress=say,
+        steps=steps,
+        guidance=guidance,
+        sampler=sampler,
+        **override({}, options or []),
     )
     run = Run(subject)
     if run.exists():

@@ -19,6 +19,7 @@ def generate(
     steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps (diffusion).")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", help="1 = none (diffusion with labels).")] = None,
     sampler: Annotated[str | None, typer.Option("--sampler", help="dpmpp_2m, heun, euler or ddim.")] = None,
+    options: Annotated[list[str] | None, typer.Option("--option", help="Another one, as name=value.")] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures at a time.")] = 64,
     nimg: Annotated[int | None, typer.Option("--nimg", help="Weights after that many images.")] = None,
     average: Annotated[str | None, typer.Option("--average", help="Moving average to draw with.")] = None,
@@ -28,6 +29,7 @@ def generate(
 ) -> None:
     """Draw pictures: OUT/000000.png ... at the model's own size, and OUT/grid.png."""
     from imagekiln import api
+    from imagekiln.config import override
 
     drawn = api.generate(
         run,
@@ -43,6 +45,7 @@ def generate(
         steps=steps,
         guidance=guidance,
         sampler=sampler,
+        **override({}, options or []),
     )
     text = f"Drew {len(drawn.pictures)} pictures with {drawn.weights.name}: {drawn.grid}"
     answer(text, {"pictures": drawn.pictures, "grid": drawn.grid, "weights": drawn.weights}, as_json)

@@ -125,15 +125,13 @@ class Bench:
         labelled = dataset.train.num_classes >= 2
         if features == "classifier" and not labelled:
             raise UsageError("--features classifier needs pictures with labels; use randconv.")
-        self.judge: Any = None
-        if labelled:
-            self.judge = judge(dataset, 1, say).family
         if labelled and features != "randconv":
             self.network: Any = judge(dataset, 0, say).family
             self.network_name = "classifier"
         else:
             self.network = RandomConv(dataset.train.image_shape)
             self.network_name = self.network.name
+        self.judge: Any = judge(dataset, 1, say).family if labelled else None
         self._statistics: dict[tuple[int, ...], Statistics] = {}
 
     def count(self, wanted: int) -> int:

@@ -1,0 +1,65 @@
+"""WGAN: DCGAN's networks play for the Wasserstein distance, the critic's weights clipped to a small box.
+
+Arjovsky, Chintala & Bottou 2017 (arXiv:1701.07875): RMSprop 5e-5, weights in [-0.01, 0.01], five critic steps a
+generator step. What differs: no stretches of 100 critic steps; with labels an embedding beside z and projection; the
+moving average of the generator draws. The paper itself calls clipping "a clearly terrible way" to bound the slope:
+WGAN-GP is its successor, this one is here to be compared with.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from imagekiln.config import FamilyConfig
+from imagekiln.core import Batch, Condition, Family, Loss, Phase, Progress
+from imagekiln.nets.adversarial import clip_weights_, linear_generator, wasserstein_critic
+from imagekiln.nets.dcgan import Discriminator, Generator
+
+
+class WganConfig(FamilyConfig):
+    """Settings of the WGAN family."""
+
+    name: str = "wgan"
+    z_dim: int = Field(100, ge=1, description="length of the noise vector")
+    width: int = Field(64, ge=4, description="channels of the layer next to the picture")
+    clip: float = Field(0.01, gt=0, description="largest weight of the critic")
+    critic_steps: int = Field(5, ge=1, description="critic updates a generator update")
+
+
+class Wgan(Family):
+    """A critic with weights in a box, and a generator that follows its slope."""
+
+    Config = WganConfig
+    optimizers = {"critic": {"name": "rmsprop", "lr": 5e-5}, "generator": {"name": "rmsprop", "lr": 5e-5}}
+    averaged = ("generator",)
+
+    def __init__(self, config: WganConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__(config, image_shape, num_classes)
+        self.phases = (
+            Phase("critic", trains=("critic",), repeat=config.critic_steps),
+            Phase("generator", trains=("generator",)),
+        )
+        self.generator = Generator(config.z_dim, image_shape, config.width, num_classes)
+        self.critic = Discriminator(image_shape, config.width, num_classes)
+        clip_weights_(self.critic.parameters(), config.clip)
+
+    def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
+        # An optimizer step may have left the box, and `after_step` would be too late for the next of several steps.
+        clip_weights_(self.critic.parameters(), self.config.clip)
+        real, labels = batch.images, batch.labels
+        z = torch.randn(len(real), self.config.z_dim, device=real.device)
+        if phase == "generator":
+            return Loss(linear_generator(self.critic(self.generator(z, labels), labels).float()))
+        with torch.no_grad():
+            fake = self.generator(z, labels)
+        total = wasserstein_critic(self.critic(real, labels).float(), self.critic(fake, labels).float())
+        return Loss(total, {"distance": -total})
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor, condition: Condition, options: None = None) -> Tensor:
+        return self.generator(noise, condition.labels)
+
+    def noise_shape(self) -> tuple[int, ...]:
+        return (self.config.z_dim,)
