@@ -23,8 +23,8 @@ class SnganConfig(FamilyConfig):
 
     name: str = "sngan"
     z_dim: int = Field(128, ge=1, description="length of the noise vector")
-    generator_width: int = Field(48, ge=4, description="generator's channels next to the picture (paper: 256 or 64)")
-    width: int = Field(32, ge=4, description="discriminator's channels next to the picture (paper: 128 or 64)")
+    generator_width: int = Field(16, ge=4, description="generator's channels next to the picture (paper: 256 or 64)")
+    width: int = Field(16, ge=4, description="discriminator's channels next to the picture (paper: 128 or 64)")
     critic_steps: int = Field(5, ge=1, description="discriminator updates a generator update")
 
 
@@ -36,6 +36,7 @@ class Sngan(Family):
         "discriminator": {"name": "adam", "lr": 2e-4, "betas": (0.0, 0.9)},
         "generator": {"name": "adam", "lr": 2e-4, "betas": (0.0, 0.9)},
     }
+    training = {"schedule": "linear", "warmup_fraction": 0.0, "clip_norm": 0.0}
     averaged = ("generator",)
 
     def __init__(self, config: SnganConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
@@ -54,7 +55,8 @@ class Sngan(Family):
             return Loss(linear_generator(self.discriminator(self.generator(z, labels), labels).float()))
         with torch.no_grad():
             fake = self.generator(z, labels)
-        on_real, on_fake = self.discriminator(real, labels).float(), self.discriminator(fake, labels).float()
+        both = None if labels is None else labels.repeat(2)
+        on_real, on_fake = self.discriminator(torch.cat([real, fake]), both).float().chunk(2)
         return Loss(hinge_critic(on_real, on_fake), {"on_real": on_real.mean(), "on_fake": on_fake.mean()})
 
     @torch.no_grad()

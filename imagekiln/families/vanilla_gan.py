@@ -31,7 +31,9 @@ class VanillaGanConfig(FamilyConfig):
         "non-saturating", description="the generator's loss; minimax has no slope where the discriminator is sure"
     )
     smooth_real: float = Field(0.0, ge=0, lt=0.5, description="the target of real pictures is 1 minus this (try 0.1)")
-    smooth_fake: float = Field(0.0, ge=0, lt=0.5, description="the target of fakes; above 0 it holds bad fakes in place")
+    smooth_fake: float = Field(
+        0.0, ge=0, lt=0.5, description="the target of fakes; above 0 it holds bad fakes in place"
+    )
 
 
 class VanillaGan(Family):
@@ -42,6 +44,7 @@ class VanillaGan(Family):
         "discriminator": {"name": "adam", "lr": 2e-4, "betas": (0.5, 0.999)},
         "generator": {"name": "adam", "lr": 2e-4, "betas": (0.5, 0.999)},
     }
+    training = {"schedule": "constant", "warmup_fraction": 0.0, "clip_norm": 0.0}
     phases = (Phase("discriminator", trains=("discriminator",)), Phase("generator", trains=("generator",)))
     averaged = ("generator",)
 

@@ -23,7 +23,7 @@ class WganConfig(FamilyConfig):
 
     name: str = "wgan"
     z_dim: int = Field(100, ge=1, description="length of the noise vector")
-    width: int = Field(64, ge=4, description="channels of the layer next to the picture")
+    width: int = Field(48, ge=4, description="channels of the layer next to the picture (paper: 64)")
     clip: float = Field(0.01, gt=0, description="largest weight of the critic")
     critic_steps: int = Field(5, ge=1, description="critic updates a generator update")
 
@@ -33,6 +33,7 @@ class Wgan(Family):
 
     Config = WganConfig
     optimizers = {"critic": {"name": "rmsprop", "lr": 5e-5}, "generator": {"name": "rmsprop", "lr": 5e-5}}
+    training = {"schedule": "constant", "warmup_fraction": 0.0, "clip_norm": 0.0}
     averaged = ("generator",)
 
     def __init__(self, config: WganConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:

@@ -24,7 +24,7 @@ class WganGpConfig(FamilyConfig):
 
     name: str = "wgan_gp"
     z_dim: int = Field(128, ge=1, description="length of the noise vector")
-    width: int = Field(32, ge=4, description="channels of the blocks next to the picture (paper: 128 at 32 pixels)")
+    width: int = Field(16, ge=4, description="channels of the blocks next to the picture (paper: 128 at 32 pixels)")
     penalty_weight: float = Field(10.0, ge=0, description="lambda, weight of the gradient penalty")
     critic_steps: int = Field(5, ge=1, description="critic updates a generator update")
 
@@ -37,6 +37,7 @@ class WganGp(Family):
         "critic": {"name": "adam", "lr": 2e-4, "betas": (0.0, 0.9)},
         "generator": {"name": "adam", "lr": 2e-4, "betas": (0.0, 0.9)},
     }
+    training = {"schedule": "linear", "warmup_fraction": 0.0, "clip_norm": 0.0}
     averaged = ("generator",)
 
     def __init__(self, config: WganGpConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
@@ -55,7 +56,8 @@ class WganGp(Family):
             return Loss(linear_generator(self.critic(self.generator(z, labels), labels).float()))
         with torch.no_grad():
             fake = self.generator(z, labels)
-        on_real, on_fake = self.critic(real, labels).float(), self.critic(fake, labels).float()
+        both = None if labels is None else labels.repeat(2)
+        on_real, on_fake = self.critic(torch.cat([real, fake]), both).float().chunk(2)
         minus_distance = wasserstein_critic(on_real, on_fake)
         penalty = gradient_penalty(lambda images: self.critic(images, labels), real, fake)
         total = minus_distance + self.config.penalty_weight * penalty

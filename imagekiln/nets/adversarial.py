@@ -102,7 +102,9 @@ def input_gradients(critic: Critic, images_BCHW: Tensor) -> Tensor:
     Pictures must not influence one another's logits: no batch normalisation in the critic.
     """
     with torch.enable_grad(), torch.autocast(images_BCHW.device.type, enabled=False):
-        images_BCHW = images_BCHW.detach().to(torch.promote_types(images_BCHW.dtype, torch.float32)).requires_grad_(True)
+        images_BCHW = (
+            images_BCHW.detach().to(torch.promote_types(images_BCHW.dtype, torch.float32)).requires_grad_(True)
+        )
         (gradients_BCHW,) = torch.autograd.grad(critic(images_BCHW).sum(), images_BCHW, create_graph=True)
         return gradients_BCHW.flatten(1)
 
@@ -139,10 +141,10 @@ def drift(on_real_B: Tensor) -> Tensor:
 
 
 def orthogonal_penalty(weights: Iterable[Tensor], *, diagonal: bool = False) -> Tensor:
-    """Sum over the matrices of ||W W^T - I||_F^2, a convolution's kernels being the rows (Brock et al. 2019, eqs. 2, 3).
+    """Sum over matrices of ||W W^T - I||_F^2, a convolution's kernels being the rows (Brock et al. 2019, section 3.1).
 
     weights: tensors of two or more dimensions, the first of them the outputs; at least one.
-    diagonal: False leaves the diagonal out (eq. 3): rows are to be perpendicular, their lengths are free.
+    diagonal: False leaves the diagonal out (the relaxed form): rows are to be perpendicular, their lengths are free.
 
     >>> float(orthogonal_penalty([2 * torch.eye(3)])), float(orthogonal_penalty([2 * torch.eye(3)], diagonal=True))
     (0.0, 27.0)

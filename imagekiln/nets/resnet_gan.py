@@ -219,7 +219,7 @@ def _critic_plan(image_shape: tuple[int, int, int], width: int) -> list[tuple[in
 
 def _conv(
     before: int, after: int, *, kernel: int = 3, gain: float = RESIDUAL_GAIN, spectral: bool = False
-) -> nn.Conv2d:
+) -> nn.Module:
     conv = nn.Conv2d(before, after, kernel, padding=kernel // 2)
     nn.init.xavier_uniform_(conv.weight, gain)
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ coincide nor run behind one another. The bits of one counter become two normal n
 
 Nothing has to be saved for an exact continuation, noise of the past can be made again, and an element gets the same
 noise however tensors are grouped, cut or ordered. torch's global generator is neither used nor moved.
+Every device makes the same bits; log and cos of another kind of device may differ in the last place.
 """
 
 from __future__ import annotations

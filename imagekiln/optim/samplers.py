@@ -6,11 +6,11 @@ One gradient a step each, L the mean loss, g its gradient with weight_decay thet
     SGHMC                 v <- mu v + g + sqrt(2 D (1 - mu) / eta) xi,  theta <- theta - eta v      Chen et al. 2014
     BAOAB                 p <- p - s g,  theta <- theta + s p / 2,  p <- mu p + sqrt(D (1 - mu^2)) xi,
                           theta <- theta + s p / 2,  with s = sqrt(2 eta / (1 + mu))                Leimkuhler, Matthews
-    LeimkuhlerMatthews    theta <- theta - eta g + sqrt(eta D / 2) (xi_k + xi_k+1)                  2013, section 3
+    LeimkuhlerMatthews    theta <- theta - eta g + sqrt(eta D / 2) (xi_k + xi_k+1)                  2013
 
-Of the variance D/h on a quadratic of curvature h they make 1 / (1 - eta h / 2), 1 / (1 - eta h / (2 (1 + mu))), 1 and 1,
-as long as they are stable: eta h < 2, or < 2 (1 + mu) with momentum. The order of SGHMC is symplectic: the gradient is
-taken at the new weights. With D = 0 all are gradient descent, BAOAB with the rate and momentum of `torch.optim.SGD`.
+Of the variance D/h on a quadratic of curvature h they make 1 / (1 - eta h / 2), 1 / (1 - eta h / (2 (1 + mu))), 1 and
+1, as long as they are stable: eta h < 2, or < 2 (1 + mu) with momentum. The order of SGHMC is symplectic: the gradient
+is taken at the new weights. With D = 0 all are gradient descent, BAOAB with rate and momentum of `torch.optim.SGD`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from imagekiln.errors import UsageError
-from imagekiln.optim.langevin import Group, State, check_dtype, check_gradient, named, to_diffusion
+from imagekiln.optim.langevin import Group, State, check_dtype, check_gradient, named, not_negative, to_diffusion
 from imagekiln.optim.noise import normal_like
 
 Draw = Callable[[int], Tensor]
@@ -47,21 +47,23 @@ class _Sampler(Optimizer, ABC):
         seed: int = 0,
         **own: float,
     ) -> None:
-        for name, value in {"lr": lr, "weight_decay": weight_decay, **own}.items():
-            if not 0 <= value < float("inf"):
-                raise UsageError(f"{name} is {value}; expected a finite number that is not negative.")
         value = to_diffusion(diffusion, temperature, num_data)
-        noise = {"diffusion": value, "noise_seed": int(seed), "noise_step": 0}
+        noise = {"noise_diffusion": value, "noise_seed": int(seed), "noise_step": 0}
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **own, **noise})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with settings of their own, `diffusion` among them."""
+        """Add parameters with settings of their own, `noise_diffusion` among them."""
         super().add_param_group(param_group)
-        for parameter in self.param_groups[-1]["params"]:
+        group = self.param_groups[-1]
+        for name in ("lr", "weight_decay", "noise_diffusion"):
+            not_negative(name, group[name])
+        if not 0 <= group.get("momentum", 0.0) < 1:
+            raise UsageError(f"momentum is {group['momentum']}; expected at least 0 and less than 1, the share kept.")
+        for parameter in group["params"]:
             check_dtype(parameter)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the diffusion, for every parameter that has a gradient."""
         loss = None
         if closure is not None:
@@ -98,8 +100,8 @@ class SGLD(_Sampler):
 
     def _move(self, theta: Tensor, drift: Tensor, group: Group, state: State, draw: Draw) -> None:
         theta.sub_(drift, alpha=group["lr"])
-        if group["diffusion"]:
-            theta.add_(draw(0), alpha=(2 * group["lr"] * group["diffusion"]) ** 0.5)
+        if group["noise_diffusion"]:
+            theta.add_(draw(0), alpha=(2 * group["lr"] * group["noise_diffusion"]) ** 0.5)
 
 
 class LeimkuhlerMatthews(_Sampler):
@@ -111,8 +113,8 @@ class LeimkuhlerMatthews(_Sampler):
 
     def _move(self, theta: Tensor, drift: Tensor, group: Group, state: State, draw: Draw) -> None:
         theta.sub_(drift, alpha=group["lr"])
-        if group["diffusion"]:
-            theta.add_(draw(0).add_(draw(1)), alpha=(group["lr"] * group["diffusion"] / 2) ** 0.5)
+        if group["noise_diffusion"]:
+            theta.add_(draw(0).add_(draw(1)), alpha=(group["lr"] * group["noise_diffusion"] / 2) ** 0.5)
 
 
 class SGHMC(_Sampler):
@@ -123,13 +125,13 @@ class SGHMC(_Sampler):
     """
 
     def __init__(self, params: ParamsT, lr: float, *, momentum: float = 0.9, **dials: Any) -> None:
-        super().__init__(params, lr, momentum=_below_one(momentum), **dials)
+        super().__init__(params, lr, momentum=momentum, **dials)
 
     def _move(self, theta: Tensor, drift: Tensor, group: Group, state: State, draw: Draw) -> None:
-        lr, mu, diffusion = group["lr"], group["momentum"], group["diffusion"]
+        lr, mu, diffusion = group["lr"], group["momentum"], group["noise_diffusion"]
         if lr == 0:
             return
-        velocity = state.setdefault("momentum_buffer", torch.zeros_like(theta)).mul_(mu).add_(drift)
+        velocity = _remembered(state, "momentum_buffer", theta).mul_(mu).add_(drift)
         if diffusion:
             velocity.add_(draw(0), alpha=(2 * diffusion * (1 - mu) / lr) ** 0.5)
         theta.sub_(velocity, alpha=lr)
@@ -144,13 +146,12 @@ class BAOAB(_Sampler):
     """
 
     def __init__(self, params: ParamsT, lr: float, *, momentum: float = 0.9, **dials: Any) -> None:
-        super().__init__(params, lr, momentum=_below_one(momentum), **dials)
+        super().__init__(params, lr, momentum=momentum, **dials)
 
     def _move(self, theta: Tensor, drift: Tensor, group: Group, state: State, draw: Draw) -> None:
-        mu, diffusion = group["momentum"], group["diffusion"]
+        mu, diffusion = group["momentum"], group["noise_diffusion"]
         stride = (2 * group["lr"] / (1 + mu)) ** 0.5
-        momentum = state.setdefault("momentum", torch.zeros_like(theta))
-        momentum.sub_(drift, alpha=stride)
+        momentum = _remembered(state, "momentum", theta).sub_(drift, alpha=stride)
         theta.add_(momentum, alpha=stride / 2)
         momentum.mul_(mu)
         if diffusion:
@@ -165,7 +166,7 @@ def _drawer(parameter: Tensor, group: Group, key: int | str) -> Draw:
     return draw
 
 
-def _below_one(momentum: float) -> float:
-    if not 0 <= momentum < 1:
-        raise UsageError(f"momentum is {momentum}; expected 0 or more and less than 1: it is the share that is kept.")
-    return momentum
+def _remembered(state: State, name: str, like: Tensor) -> Tensor:
+    if name not in state:
+        state[name] = torch.zeros_like(like)
+    return state[name]

@@ -18,18 +18,26 @@ LONGEST_SEC = 600.0
 def killed_until_done(
     cli, arguments: list[str], out: Path, moments: random.Random, whole_sec: float, kills: int
 ) -> dict:
-    """Run and kill until the training has finished by itself and `kills` kills were dealt."""
+    """Run and kill until the training has finished by itself and `kills` kills were dealt.
+
+    Every third kill waits, after its random delay, until a checkpoint is being written.
+    """
+
+    def saving() -> bool:
+        return any(out.glob("checkpoints/.aside-*"))
+
     dealt = in_save = 0
     while True:
         began, delay = time.monotonic(), moments.uniform(0.0, 0.6 * whole_sec) if dealt < kills else LONGEST_SEC
         command = cli.start(*arguments)
-        while command.code() is None and time.monotonic() - began < delay:
-            time.sleep(0.001)
+        aims = dealt % 3 == 0 and dealt < kills
+        while command.code() is None and (time.monotonic() - began < delay or (aims and not saving())):
+            time.sleep(0.0005)
         if command.code() is None:
             command.send(signal.SIGKILL)
             dealt += 1
             command.wait()
-            in_save += bool(list(out.glob("checkpoints/.aside-*")))
+            in_save += saving()
             continue
         command.wait().ok()
         return {"kills": dealt, "while saving": in_save}

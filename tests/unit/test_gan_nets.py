@@ -1,0 +1,227 @@
+"""Residual and fully connected GAN networks: published parameter counts, sizes, labels, spectral normalisation."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from imagekiln.config import Recipe
+from imagekiln.core import Batch, Progress
+from imagekiln.engine import recipe as recipes
+from imagekiln.errors import RecipeError
+from imagekiln.nets import mlp_gan, resnet_gan
+
+SHAPES = [(1, 8, 8), (3, 16, 16), (3, 24, 28), (1, 28, 28), (3, 32, 32), (3, 48, 48), (4, 64, 64)]
+
+
+def count(net: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def build(size: int, widths: tuple[int, int], num_classes: int = 0, spectral: bool = True):
+    shape = (3, size, size)
+    with torch.device("meta"):
+        generator = resnet_gan.Generator(128, shape, widths[0], num_classes)
+        critic = resnet_gan.Discriminator(shape, widths[1], num_classes, spectral=spectral)
+    return generator, critic
+
+
+# -- published sizes --------------------------------------------------------------------------------------------------
+
+PUBLISHED = {
+    "WGAN-GP 32": (32, (128, 128), 1_204_483, 1_053_825),
+    "SNGAN 32": (32, (256, 128), 4_276_739, 1_053_825),
+    "SNGAN 48": (48, (64, 64), 4_878_083, 10_141_441),
+    "SNGAN 64": (64, (64, 64), 12_220_675, 10_141_441),
+    "SNGAN 128": (128, (64, 64), 32_150_787, 29_017_857),
+}
+
+
+@pytest.mark.parametrize(("size", "widths", "generator", "critic"), PUBLISHED.values(), ids=PUBLISHED)
+def test_parameter_counts_are_the_published_ones(size, widths, generator, critic):
+    nets = build(size, widths)
+    assert (count(nets[0]), count(nets[1])) == (generator, critic)
+
+
+def test_spectral_normalisation_adds_no_parameters():
+    plain, spectral = (build(16, (4, 4), num_classes=3, spectral=spectral)[1] for spectral in (False, True))
+    assert count(plain) == count(spectral)
+
+
+PUBLISHED_WITH_TEN_CLASSES = {
+    "WGAN-GP 32": ((128, 128), 1_218_307, 1_055_105),
+    "SNGAN 32": ((256, 128), 4_304_387, 1_055_105),
+}
+
+
+@pytest.mark.parametrize(
+    ("widths", "generator", "critic"), PUBLISHED_WITH_TEN_CLASSES.values(), ids=PUBLISHED_WITH_TEN_CLASSES
+)
+def test_conditional_counts_are_the_published_ones_and_one_row_a_table(widths, generator, critic):
+    """The published networks know ten labels, ours also "anything": one row more in each table of labels.
+
+    The generator has six tables (two norms in each of three blocks) with rows of a gain and a bias for every channel;
+    the critic has one, as wide as its features. WGAN-GP's own critic has a classifier instead of the projection.
+    """
+    nets = build(32, widths, num_classes=10)
+    null_rows = 6 * 2 * widths[0], widths[1]
+    assert (count(nets[0]) - null_rows[0], count(nets[1]) - null_rows[1]) == (generator, critic)
+
+
+def test_counts_of_the_fully_connected_networks():
+    width, pixels = 20, 2 * 5 * 7
+    generator, critic = mlp_gan.Generator(11, (2, 5, 7), width), mlp_gan.Discriminator((2, 5, 7), width)
+    assert count(generator) == 11 * width + width + width * width + width + width * pixels + pixels
+    assert count(critic) == pixels * width + width + width * width + width + width + 1
+
+
+# -- shapes, gradients, labels ----------------------------------------------------------------------------------------
+
+
+def both(nets, shape, num_classes, width=4):
+    torch.manual_seed(0)
+    return nets.Generator(10, shape, width, num_classes), nets.Discriminator(shape, width, num_classes)
+
+
+@pytest.mark.parametrize("nets", [resnet_gan, mlp_gan], ids=["resnet", "mlp"])
+@pytest.mark.parametrize("num_classes", [0, 3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes_ranges_and_gradients(nets, shape, num_classes):
+    generator, critic = both(nets, shape, num_classes)
+    labels = torch.tensor([0, 2, -1, 1]) if num_classes else None
+    images = generator(torch.randn(4, 10), labels)
+    assert images.shape == (4, *shape) and images.abs().max() <= 1
+    logits = critic(images, labels)
+    assert logits.shape == (4,)
+    logits.square().sum().backward()
+    for net in (generator, critic):
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("nets", [resnet_gan, mlp_gan], ids=["resnet", "mlp"])
+def test_labels_matter_and_no_label_is_the_null_label(nets):
+    generator, critic = both(nets, (1, 8, 8), 3)
+    with torch.no_grad():  # conditional norms begin alike for all labels
+        for name, parameter in generator.named_parameters():
+            if "labels" in name:
+                parameter += torch.randn_like(parameter)
+    for net, inputs in ((generator.eval(), torch.randn(2, 10)), (critic.eval(), torch.randn(2, 1, 8, 8))):
+        anything = net(inputs, torch.tensor([-1, -1]))
+        assert torch.equal(net(inputs), anything)
+        assert not torch.allclose(net(inputs, torch.tensor([0, 0])), anything)
+        assert not torch.allclose(net(inputs, torch.tensor([0, 0])), net(inputs, torch.tensor([1, 1])))
+
+
+def test_conditional_norm_begins_as_the_plain_one():
+    plain, conditional = resnet_gan.ConditionalNorm(5, 0), resnet_gan.ConditionalNorm(5, 3)
+    x = torch.randn(4, 5, 3, 3)
+    assert torch.allclose(conditional(x, torch.tensor([0, 1, -1, 2])), plain(x, None))
+
+
+@pytest.mark.parametrize("nets", [resnet_gan, mlp_gan], ids=["resnet", "mlp"])
+def test_no_picture_influences_another_ones_logit(nets):
+    _, critic = both(nets, (3, 16, 16), 0)
+    images = torch.randn(5, 3, 16, 16)
+    assert torch.allclose(critic(images)[2:3], critic(images[2:3]), atol=1e-5)
+
+
+def test_mean_pooling_is_sum_pooling_over_the_number_of_places():
+    critic = resnet_gan.Discriminator((3, 16, 16), 4)
+    images = torch.randn(2, 3, 16, 16)
+    bias, total = critic.head.bias, critic(images)
+    critic.pool = "mean"
+    assert torch.allclose((critic(images) - bias) * 16, total - bias, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 30, 30), (3, 4, 4), (3, 64, 32)], ids=str)
+def test_impossible_sizes_are_refused_with_a_way_out(shape):
+    for make in (lambda: resnet_gan.Generator(10, shape, 8), lambda: resnet_gan.Discriminator(shape, 8)):
+        with pytest.raises(RecipeError, match=rf"residual GAN cannot .*{shape[1]} x {shape[2]} .*data\.size"):
+            make()
+
+
+# -- spectral normalisation -------------------------------------------------------------------------------------------
+
+
+def spectral_critic(num_classes: int = 0) -> resnet_gan.Discriminator:
+    torch.manual_seed(0)
+    return resnet_gan.Discriminator((3, 16, 16), 6, num_classes, spectral=True)
+
+
+def test_every_matrix_stretches_by_one():
+    critic = spectral_critic(num_classes=3)
+    images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, -1])
+    for _ in range(100):  # one power iteration each
+        critic(images, labels)
+    matrices = [m.weight.detach().flatten(1) for m in critic.eval().modules() if hasattr(m, "parametrizations")]
+    # four blocks with two convolutions each, two shortcuts, the head, the labels
+    assert len(matrices) == 4 * 2 + 2 + 2
+    for matrix in matrices:
+        assert float(torch.linalg.matrix_norm(matrix, 2)) == pytest.approx(1.0, abs=0.02)
+
+
+def test_power_iteration_runs_in_training_only_and_continues_from_the_saved_vectors():
+    critic, images = spectral_critic(), torch.randn(4, 3, 16, 16)
+    critic(images)
+    saved = {name: value.clone() for name, value in critic.state_dict().items()}
+    assert any(name.endswith("_u") for name in saved) and any(name.endswith("_v") for name in saved)
+    critic.eval()(images)
+    assert all(torch.equal(value, saved[name]) for name, value in critic.state_dict().items())
+    torch.manual_seed(9)
+    other = resnet_gan.Discriminator((3, 16, 16), 6, spectral=True)
+    other.load_state_dict(saved)
+    twin = copy.deepcopy(critic)
+    for net in (critic.train(), other.train(), twin.train()):
+        net(images)
+    after = critic.state_dict()
+    for net in (other, twin):
+        assert all(torch.equal(value, after[name]) for name, value in net.state_dict().items())
+    assert any(not torch.equal(value, saved[name]) for name, value in after.items())
+
+
+# -- what the families do with them -----------------------------------------------------------------------------------
+
+
+def family(name: str, **settings):
+    recipe: Recipe = recipes.resolve(name, {"family": {"width": 4, **settings}})
+    torch.manual_seed(0)
+    return recipes.build(recipe, (3, 16, 16), 0)
+
+
+def test_wgan_keeps_the_critic_in_its_box_from_the_start_and_after_every_step():
+    wgan = family("wgan", clip=0.02)
+    assert max(p.abs().max().item() for p in wgan.critic.parameters()) == pytest.approx(0.02)
+    generator = {name: value.clone() for name, value in wgan.generator.named_parameters()}
+    with torch.no_grad():
+        for parameter in wgan.critic.parameters():
+            parameter += 1.0
+    wgan.loss("critic", Batch(torch.randn(4, 3, 16, 16)), Progress(0, 1))
+    assert all((p == torch.tensor(0.02)).all() for p in wgan.critic.parameters())
+    assert all(torch.equal(value, generator[name]) for name, value in wgan.generator.named_parameters())
+
+
+def test_wgan_gp_adds_lambda_times_the_penalty_also_without_gradients():
+    batch = Batch(torch.randn(4, 3, 16, 16))
+    for weight in (0.0, 10.0):
+        wgan_gp = family("wgan_gp", penalty_weight=weight).requires_grad_(False)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            loss = wgan_gp.loss("critic", batch, Progress(0, 1))
+        expected = weight * loss.parts["penalty"] - loss.parts["distance"]
+        assert loss.total.item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("name", ["wgan", "wgan_gp", "sngan"])
+def test_critic_steps_are_repeats_of_the_first_phase(name):
+    assert [phase.repeat for phase in family(name, critic_steps=3).phases] == [3, 1]
+
+
+def test_the_objective_of_the_vanilla_gan_is_a_choice():
+    batch, losses = Batch(torch.randn(4, 3, 16, 16)), {}
+    for objective in ("minimax", "non-saturating"):
+        torch.manual_seed(1)
+        gan = family("vanilla_gan", objective=objective)
+        losses[objective] = gan.loss("generator", batch, Progress(0, 1)).total.item()
+    assert losses["minimax"] < 0 < losses["non-saturating"]
