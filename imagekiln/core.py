@@ -94,7 +94,7 @@ class Family(nn.Module, ABC):
     optimizers: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Default optimizer settings by `Phase.optimizer`; a recipe's `optim` section overrides them key by key."""
 
-    training: ClassVar[Mapping[str, Any]] = {}
+    train_defaults: ClassVar[Mapping[str, Any]] = {}
     """Default settings of the recipe's `train` section where the family's paper has others than the package."""
 
     monitor: ClassVar[str | None] = None

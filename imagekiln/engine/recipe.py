@@ -69,8 +69,8 @@ def complete(values: Mapping[str, Any]) -> Recipe:
         for key, default in kind.optimizers.items()
     }
     rest = {key: value for key, value in values.items() if key not in ("family", "optim")}
-    if kind.training and isinstance(rest.get("train", {}), Mapping):
-        rest["train"] = merge(kind.training, rest.get("train", {}))
+    if kind.train_defaults and isinstance(rest.get("train", {}), Mapping):
+        rest["train"] = merge(kind.train_defaults, rest.get("train", {}))
     return parse(Recipe, {**rest, "family": family, "optim": optim}, "")
 
 

@@ -36,7 +36,7 @@ class Sngan(Family):
         "discriminator": {"name": "adam", "lr": 2e-4, "betas": (0.0, 0.9)},
         "generator": {"name": "adam", "lr": 2e-4, "betas": (0.0, 0.9)},
     }
-    training = {"schedule": "linear", "warmup_fraction": 0.0, "clip_norm": 0.0}
+    train_defaults = {"schedule": "linear", "warmup_fraction": 0.0, "clip_norm": 0.0}
     averaged = ("generator",)
 
     def __init__(self, config: SnganConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:

@@ -44,7 +44,7 @@ class VanillaGan(Family):
         "discriminator": {"name": "adam", "lr": 2e-4, "betas": (0.5, 0.999)},
         "generator": {"name": "adam", "lr": 2e-4, "betas": (0.5, 0.999)},
     }
-    training = {"schedule": "constant", "warmup_fraction": 0.0, "clip_norm": 0.0}
+    train_defaults = {"schedule": "constant", "warmup_fraction": 0.0, "clip_norm": 0.0}
     phases = (Phase("discriminator", trains=("discriminator",)), Phase("generator", trains=("generator",)))
     averaged = ("generator",)
 

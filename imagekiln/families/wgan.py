@@ -33,7 +33,7 @@ class Wgan(Family):
 
     Config = WganConfig
     optimizers = {"critic": {"name": "rmsprop", "lr": 5e-5}, "generator": {"name": "rmsprop", "lr": 5e-5}}
-    training = {"schedule": "constant", "warmup_fraction": 0.0, "clip_norm": 0.0}
+    train_defaults = {"schedule": "constant", "warmup_fraction": 0.0, "clip_norm": 0.0}
     averaged = ("generator",)
 
     def __init__(self, config: WganConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
