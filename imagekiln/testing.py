@@ -221,6 +221,10 @@ def check_accumulates(name: str) -> None:
     """A batch can be computed in parts."""
     with _trained(name, 2, {"train": {"accumulate": 2}}) as trainer:
         _require(trainer.state.nimg == 2 * trainer.images_per_step, "wrong count of images")
+        _require(trainer.loader.size * 2 == trainer.config.batch, "the batch was not computed in two parts")
+        with _trained(name, 0, {"train": {"accumulate": 2}}) as untrained:
+            before, after = untrained.family.state_dict(), trainer.family.state_dict()
+            _require(any(not torch.equal(before[key], after[key]) for key in before), "nothing was learned")
 
 
 def check_weights_file_draws_the_same(name: str) -> None:
