@@ -32,7 +32,8 @@ from imagekiln.config import Recipe, read_toml
 from imagekiln.core import mix
 from imagekiln.engine import plan
 from imagekiln.engine import recipe as recipes
-from imagekiln.engine.evaluate import BATCH, Bench, hash_of
+from imagekiln.engine.bench import BATCH, Bench
+from imagekiln.engine.evaluate import hash_of
 from imagekiln.engine.generate import draw, open_model
 from imagekiln.engine.run import Run, write_whole
 from imagekiln.engine.tracker import Silent

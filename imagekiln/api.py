@@ -23,6 +23,7 @@ import torch
 from imagekiln import data as datasets
 from imagekiln.config import DataConfig, Recipe, parse, read_toml, write_toml
 from imagekiln.core import mix
+from imagekiln.engine import compare as comparing
 from imagekiln.engine import device, pictures, plan
 from imagekiln.engine import evaluate as evaluation
 from imagekiln.engine import generate as generation
@@ -228,8 +229,8 @@ def evaluate(
 
 
 def compare(runs: Iterable[Run | str | Path]) -> list[dict[str, Any]]:
-    """One row a run: its recipe, speed, and newest measurements; see `engine.evaluate.comparison`."""
-    return evaluation.comparison([run if isinstance(run, Run) else Run.open(run) for run in runs])
+    """One row a run: its recipe, speed, and newest measurements; see `engine.compare.comparison`."""
+    return comparing.comparison([run if isinstance(run, Run) else Run.open(run) for run in runs])
 
 
 def export(run: Run | str | Path, to: str, out: str | Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def compare(
 ) -> None:
     """Show runs side by side: settings that differ, speed, and measurements."""
     from imagekiln import api
-    from imagekiln.engine.evaluate import comparison_table, side_by_side
+    from imagekiln.engine.compare import comparison_table, side_by_side
 
     rows = api.compare(runs)
     text = comparison_table(rows)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 from imagekiln.engine.run import Run
 from imagekiln.errors import UsageError
 
 PLAIN_LINE_SEC = 15.0
+
+Say = Callable[[str], None]
+"""Told a sentence now and then during long work."""
 
 
 class Silent:

@@ -28,6 +28,7 @@ from imagekiln.metrics.manifold import (
 )
 from imagekiln.metrics.memorization import CopyRatio, Neighbours, copy_ratios, nearest
 from imagekiln.metrics.regression import Regression
+from imagekiln.metrics.share import wilson
 from imagekiln.metrics.statistics import Statistics
 from imagekiln.metrics.suite import DEFAULT, measure
 
@@ -58,4 +59,5 @@ __all__ = [
     "measure",
     "nearest",
     "weights_hash",
+    "wilson",
 ]

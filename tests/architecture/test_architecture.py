@@ -147,7 +147,7 @@ def test_no_cycles_not_even_inside_functions() -> None:
 MAY_NAME_A_FAMILY = {
     "cli/train.py": {"diffusion": "the recipe that is trained when none is named"},
     "cli/recipe.py": {"diffusion": "the recipe whose schema is printed when none is named"},
-    "engine/evaluate.py": {"classifier": "a kind of features"},
+    "engine/bench.py": {"classifier": "a kind of features"},
     "config.py": {"classifier": "a kind of features"},
     "metrics/features.py": {"classifier": "a kind of features"},
 }

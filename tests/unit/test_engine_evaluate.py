@@ -11,9 +11,10 @@ import torch
 
 from imagekiln import api, data
 from imagekiln.config import DataConfig
-from imagekiln.engine import evaluate
+from imagekiln.engine import compare, evaluate, judges
 from imagekiln.engine.run import Run
 from imagekiln.errors import UsageError
+from imagekiln.metrics import wilson
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_wrong_labels_are_seen(bench: evaluate.Bench) -> None:
 
 
 def test_judge_is_trained_once_and_two_judges_differ(bench: evaluate.Bench) -> None:
-    first, again, second = (evaluate.judge(bench.dataset, number, lambda sentence: None) for number in (0, 0, 1))
+    first, again, second = (judges.judge(bench.dataset, number, lambda sentence: None) for number in (0, 0, 1))
     assert first.weights == again.weights
     assert evaluate.hash_of(first.weights) != evaluate.hash_of(second.weights)
 
@@ -75,12 +76,12 @@ def test_a_run_keeps_its_measurements(tmp_path: Path) -> None:
     run = api.train("vae", "builtin:digits", tmp_path / "run", settings=settings)
     rows = api.evaluate(run, n=100, features="randconv")
     assert {"frechet", "coverage", "mse", "r2", "copy_ratio", "label_accuracy"} <= {row.metric for row in rows}
-    kept = evaluate.newest(Run.open(tmp_path / "run"))
+    kept = compare.newest(Run.open(tmp_path / "run"))
     assert kept["FD[randconv-v1]"].value == next(row.value for row in rows if row.metric == "frechet")
     assert kept["FD[randconv-v1]"].provenance.weights_hash == evaluate.hash_of(run.weights())
     assert run.picture_path("neighbours").is_file()
     assert not any("FID" in label for label in kept), "only Inception features may be called that"
-    table = evaluate.comparison_table(api.compare([run, run]))
+    table = compare.comparison_table(api.compare([run, run]))
     assert "FD[randconv-v1]" in table and "best" not in table, "equal runs must not be ranked"
 
 
@@ -99,5 +100,5 @@ def test_a_folder_of_pictures_is_measured(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (5, 10), (10, 10), (95, 100)])
 def test_wilson_contains_the_share(successes: int, n: int) -> None:
-    low, high = evaluate.wilson(successes, n)
+    low, high = wilson(successes, n)
     assert 0 <= low <= successes / n <= high <= 1
