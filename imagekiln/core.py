@@ -60,6 +60,17 @@ class Loss:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+class HeldOut(NamedTuple):
+    """A loss on held-out pictures.
+
+    values: one a picture (B,), or a single one for the whole batch.
+    levels: at which level of noise each value was taken, (B,), one of a few fixed ones; None where there are none.
+    """
+
+    values: Tensor
+    levels: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Phase:
     """One kind of update inside a training step.
@@ -98,7 +109,7 @@ class Family(nn.Module, ABC):
     """Default settings of the recipe's `train` section where the family's paper has others than the package."""
 
     monitor: ClassVar[str | None] = None
-    """The phase whose loss on held-out pictures ranks checkpoints; None where that loss does not measure quality."""
+    """The held-out loss that ranks moments of a run; None where no loss measures quality, and drawn pictures do."""
 
     draws: ClassVar[bool] = True
     """False for a family that is trained to judge pictures, not to make them: it has `features` and no `sample`."""
@@ -130,6 +141,15 @@ class Family(nn.Module, ABC):
     @abstractmethod
     def noise_shape(self) -> tuple[int, ...]:
         """Shape of the noise of one picture."""
+
+    def held_out(self, batch: Batch, progress: Progress) -> Mapping[str, HeldOut]:
+        """Losses on held-out pictures by name, `monitor` among them. The global generator is seeded as for `loss`, with
+        the same seed every time. What is not overridden is the loss of every phase."""
+        return {phase.name: HeldOut(self.loss(phase.name, batch, progress).total) for phase in self.phases}
+
+    def drawing_cost(self) -> float:
+        """What it costs to draw a picture, in pictures trained on: one evaluation of the network is about a third."""
+        return 1 / 3
 
     def reconstruct(self, images: Tensor) -> Tensor | None:
         """Pictures the model makes of given pictures (autoencoding or denoising), or None where it has no such thing.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from imagekiln.config import Recipe, merge, parse, write_toml
-from imagekiln.core import Batch, Condition, Family, Loss, Progress, mix, seeded_noise
+from imagekiln.core import Batch, Condition, Family, HeldOut, Loss, Progress, mix, seeded_noise
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine import registry
 from imagekiln.engine.generate import draw, load_model
@@ -103,7 +103,7 @@ def check_modules_exist(name: str) -> None:
         _require(used == set(type(family).optimizers), f"phases use {sorted(used)}")
         _require(bool(family.averaged), "averaged is empty")
         monitored = type(family).monitor
-        _require(monitored is None or monitored in {phase.name for phase in family.phases}, f"no phase {monitored!r}")
+        _require(monitored is None or monitored in _held_out(family), f"no held-out loss {monitored!r}")
 
 
 def check_losses_are_finite_scalars(name: str) -> None:
@@ -116,6 +116,20 @@ def check_losses_are_finite_scalars(name: str) -> None:
                 _require(bool(torch.isfinite(loss.total)), f"{phase.name}: the total is {loss.total}")
                 for part, value in loss.parts.items():
                     _require(value.numel() == 1, f"{phase.name}/{part} is not a scalar")
+
+
+def check_held_out_losses_are_finite_and_repeatable(name: str) -> None:
+    """Held-out losses are finite, one a picture or one for all, and the same for the same seed."""
+    for family in _built(name):
+        for batch in (_batch(family), _batch(family, unlabelled=True)):
+            first, second = _held_out(family, batch), _held_out(family, batch)
+            _require(bool(first) and first.keys() == second.keys(), "held_out gives no losses, or others each time")
+            for loss, (values, levels) in first.items():
+                shape = tuple(values.shape)
+                _require(shape in ((), (1,), (len(batch.images),)), f"{loss}: held-out values have shape {shape}")
+                _require(bool(torch.isfinite(values).all()), f"{loss}: a held-out value is not finite")
+                _require(torch.equal(values, second[loss].values), f"{loss}: the same seed gave another value")
+                _require(levels is None or levels.shape == values.shape, f"{loss}: not one level a value")
 
 
 def check_loss_is_repeatable(name: str) -> None:
@@ -303,6 +317,11 @@ def _batch(family: Family, unlabelled: bool = False) -> Batch:
 def _loss(family: Family, phase: str, batch: Batch) -> Loss:
     torch.manual_seed(mix("check", phase))
     return family.train().loss(phase, batch, Progress(0, 1000))
+
+
+def _held_out(family: Family, batch: Batch | None = None) -> Mapping[str, HeldOut]:
+    torch.manual_seed(mix("check", "held out"))
+    return family.eval().held_out(batch or _batch(family), Progress(0, 1000))
 
 
 def _sample(family: Family, seeds: Sequence[int]) -> Tensor:

@@ -13,6 +13,7 @@ from imagekiln.config import Recipe, write_toml
 from imagekiln.core import mix
 from imagekiln.data import Dataset
 from imagekiln.engine import recipe as recipes
+from imagekiln.engine import validation
 from imagekiln.engine.run import Run
 from imagekiln.engine.tracker import Silent
 from imagekiln.engine.trainer import Trainer
@@ -60,5 +61,6 @@ def within(recipe: Recipe, dataset: Dataset, minutes: float) -> tuple[Recipe, Ra
     events_sec = sum(sec * (EVENTS[name] + 1) for name, sec in rate.event_sec.items())
     seconds = max(1.0, 60 * minutes - rate.probe_sec - events_sec)
     step = recipe.train.batch
-    kimg = max(step, round(rate.img_per_sec * seconds / step) * step) / 1000
+    images = rate.img_per_sec * seconds / (1 + validation.SHARE)
+    kimg = max(step, round(images / step) * step) / 1000
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"total_kimg": kimg})}), rate

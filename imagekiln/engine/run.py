@@ -265,13 +265,18 @@ class Run:
         files = sorted((self.path / "weights").glob("[0-9]*.safetensors"))
         if not files:
             raise UsageError(f"{self.path} has no weights yet. Let `imagekiln train` finish or stop it with Ctrl-C.")
-        chosen = self.status().get("best_nimg") if nimg is None else nimg
+        best = self.status() if nimg is None else {}
+        chosen = best.get("best_nimg") if nimg is None else nimg
         stem = [f for f in files if chosen is not None and int(f.stem.split("-", 1)[0]) == chosen]
         if nimg is not None and not stem:
             known = ", ".join(sorted({f.stem.split("-", 1)[0].lstrip("0") or "0" for f in files}))
             raise UsageError(f"{self.path} has no weights after {nimg} images. There are: {known}.")
         stem = stem or [f for f in files if f.stem.split("-", 1)[0] == files[-1].stem.split("-", 1)[0]]
-        named = [f for f in stem if f.stem.split("-", 1)[1] == (average or self.meta().get("average"))]
+        named = [
+            f
+            for f in stem
+            if f.stem.split("-", 1)[1] == (average or best.get("best_average") or self.meta().get("average"))
+        ]
         if average is not None and not named:
             raise UsageError(
                 f"{self.path} has no average {average!r}. There are: "

@@ -22,17 +22,17 @@ from torch import Tensor, nn
 from imagekiln import optim, signals
 from imagekiln.config import Recipe
 from imagekiln.core import Family, Phase, Progress, Source, mix
-from imagekiln.data import Loader, to_float
-from imagekiln.engine import checkpoint, device, pictures
+from imagekiln.data import Loader
+from imagekiln.engine import checkpoint, device, pictures, validation
 from imagekiln.engine.generate import draw, labels_for, save_weights
 from imagekiln.engine.run import Run
+from imagekiln.engine.validation import Validation
 from imagekiln.errors import CheckpointError, DiskError, Diverged, OutOfMemory
 from imagekiln.nets import kernels
 
 TICK_SEC = 5.0
 FIRST_PREVIEW_SEC = 30.0
 SKIPS_BEFORE_ROLLBACK, SKIP_WINDOW_STEPS, MAX_ROLLBACKS = 3, 20, 3
-VALIDATION_IMAGES, VALIDATION_BATCH = 512, 64
 PREVIEW_IMAGES = 40
 
 
@@ -56,6 +56,7 @@ class State:
     skipped_nimg: list[int] = field(default_factory=list)
     best_loss: float | None = None
     best_nimg: int | None = None
+    best_average: str | None = None
     stale_validations: int = 0
     train_sec: float = 0.0
 
@@ -64,11 +65,11 @@ class Trainer:
     """Trains one family on one source and keeps everything in one run folder.
 
     family: freshly built by `engine.recipe.build`; moved to the device here.
-    train, validation: sources of the two splits.
+    train, held_out: sources of the two splits.
     """
 
     def __init__(
-        self, recipe: Recipe, family: Family, train: Source, validation: Source, run: Run, listener: Listener
+        self, recipe: Recipe, family: Family, train: Source, held_out: Source, run: Run, listener: Listener
     ) -> None:
         self.recipe, self.config, self.run, self.listener = recipe, recipe.train, run, listener
         self.device = device.choose(self.config.device)
@@ -76,7 +77,8 @@ class Trainer:
         if self.device.type == "cpu":
             kernels.reuse_freed_memory()
         self.family = device.place(family, self.device)
-        self.train_source, self.validation_source = train, validation
+        self.train_source = train
+        self.validation = Validation(held_out, self.config.seed, self.device, self._precision)
         self.state = State(accumulate=min(self.config.accumulate, self.config.batch))
         self.repeat = max(phase.repeat for phase in family.phases)
         self.images_per_step = self.config.batch * self.repeat
@@ -261,31 +263,39 @@ class Trainer:
         self.listener.tick({**row, "total_nimg": self.total_nimg})
         self._status("training", img_per_sec=row["img_per_sec"])
 
-    def _validate(self) -> None:
-        """Loss of every phase on held-out pictures with fixed noise, under the first moving average."""
-        twin = self.inference_twin()
-        count = min(len(self.validation_source), VALIDATION_IMAGES)
-        sums: dict[str, float] = {}
-        for start in range(0, count, VALIDATION_BATCH):
-            indices = range(start, min(count, start + VALIDATION_BATCH))
-            raw = self.validation_source.read(indices)
-            labels = None if raw.labels is None else raw.labels.to(self.device)
-            batch = raw._replace(images=to_float(raw.images.to(self.device)), labels=labels)
-            for phase in self.family.phases:
-                torch.manual_seed(mix(self.config.seed, "validation", phase.name, start))
-                with self._precision():
-                    total = twin.loss(phase.name, batch, Progress(self.state.nimg, self.total_nimg)).total
-                sums[phase.name] = sums.get(phase.name, 0.0) + float(total.detach()) * len(indices)
-        losses = {f"validation/{name}": value / count for name, value in sums.items()}
-        self.run.append_stats({"nimg": self.state.nimg, **losses})
-        self.listener.tick({"nimg": self.state.nimg, "total_nimg": self.total_nimg, **losses})
-        if self.family.monitor is not None:
-            self._keep_best(losses[f"validation/{self.family.monitor}"])
+    def _validate(self, count: int | None = None) -> None:
+        """Held-out losses and quality of `count` drawn pictures (by default as many as are due), for every average."""
+        if count is None:
+            number = self.state.nimg // self.config.interval_nimg("validate")
+            count, every = validation.affordable(self.total_nimg, self.family.drawing_cost() * len(self.averages))
+            count = 0 if number % every and self.state.nimg < self.total_nimg else count
+        row: dict[str, float] = {}
+        criteria: dict[str, float] = {}
+        for name in self.averages:
+            found = self._looked_at(self.inference_twin(name), count)
+            row |= {(key if name == next(iter(self.averages)) else f"{key}[{name}]"): v for key, v in found.items()}
+            key = "quality/kernel" if self.family.monitor is None else f"validation/{self.family.monitor}"
+            if key in found:
+                criteria[name] = found[key]
+        self.run.append_stats({"nimg": self.state.nimg, **row})
+        self.listener.tick({"nimg": self.state.nimg, "total_nimg": self.total_nimg, **row})
+        if criteria:
+            self._keep_best(criteria)
         self._restart_clock()
 
-    def _keep_best(self, loss: float) -> None:
+    def _looked_at(self, twin: Family, count: int) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name, estimate in self.validation.losses(twin, Progress(self.state.nimg, self.total_nimg)).items():
+            found |= {f"validation/{name}": estimate.mean, f"validation_error/{name}": estimate.error}
+        found |= {f"quality/{name}": value for name, value in self.validation.quality(twin, count).items()}
+        return {key: value for key, value in found.items() if not math.isnan(value) or key.startswith("validation/")}
+
+    def _keep_best(self, criteria: Mapping[str, float]) -> None:
+        """Remember the moment and the average with the lowest value so far."""
+        average, loss = min(criteria.items(), key=lambda item: (math.isnan(item[1]), item[1]))
         if self.state.best_loss is None or loss < self.state.best_loss or math.isnan(self.state.best_loss):
             self.state.best_loss, self.state.best_nimg, self.state.stale_validations = loss, self.state.nimg, 0
+            self.state.best_average = average
             self._save_weights()
         else:
             self.state.stale_validations += 1
@@ -310,9 +320,9 @@ class Trainer:
         self._restart_clock()
 
     def time_event(self, name: str) -> float:
-        """Do one preview, validation or checkpoint now and return the seconds it took."""
+        """Do one preview, validation (of losses) or checkpoint now and return the seconds it took."""
         clock = time.monotonic()
-        {"preview": self._preview, "validate": self._validate, "checkpoint": self._checkpoint}[name]()
+        {"preview": self._preview, "validate": lambda: self._validate(0), "checkpoint": self._checkpoint}[name]()
         return time.monotonic() - clock
 
     def _restart_clock(self) -> None:
@@ -329,6 +339,7 @@ class Trainer:
             total_nimg=self.total_nimg,
             eta_sec=None if eta is None else round(eta, 1),
             best_nimg=self.state.best_nimg,
+            best_average=self.state.best_average,
             **more,
         )
 

@@ -11,6 +11,7 @@ Shapes: B images, C channels, H rows, W columns.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -18,13 +19,16 @@ from pydantic import Field
 from torch import Tensor
 
 from imagekiln.config import FamilyConfig, Fraction, Section
-from imagekiln.core import Batch, Condition, Family, Loss, Phase, Progress, seeded_noise
+from imagekiln.core import Batch, Condition, Family, HeldOut, Loss, Phase, Progress, seeded_noise
 from imagekiln.diffusion import densities, guidance, paths, samplers
 from imagekiln.errors import RecipeError, UsageError
 from imagekiln.nets.unet import UNet, UNetConfig
 
 DENOISING_SIGMA = 0.5
 """Noise level at which `reconstruct` denoises: the picture is still recognisable, its texture is gone."""
+
+HELD_OUT_LEVELS = 8
+"""Noise levels of the held-out loss."""
 
 
 class Options(Section):
@@ -98,6 +102,23 @@ class Diffusion(Family):
         output = self.unet(z, self.path.time(sigma_B), labels_B)
         error = output.float() - self.path.target(config.target, x, eps, sigma_B)
         return Loss(error.square().mean())
+
+    @torch.no_grad()
+    def held_out(self, batch: Batch, progress: Progress) -> Mapping[str, HeldOut]:
+        """The loss of each picture at one of `HELD_OUT_LEVELS` noise levels, which divide the density evenly."""
+        x, config = batch.images, self.config
+        place_B = (torch.arange(len(x), device=x.device) % HELD_OUT_LEVELS + 0.5) / HELD_OUT_LEVELS
+        sigma_B = densities.log_normal(place_B, config.density_mean, config.density_std)
+        eps = torch.randn_like(x)
+        labels_B = self._labels(batch.labels, len(x), x.device)
+        output = self.unet(self.path.diffuse(x, eps, sigma_B), self.path.time(sigma_B), labels_B)
+        error = output.float() - self.path.target(config.target, x, eps, sigma_B)
+        return {"denoise": HeldOut(error.square().flatten(1).mean(1), sigma_B)}
+
+    def drawing_cost(self) -> float:
+        sample = self.config.sample
+        calls = sample.steps * (2 if sample.sampler == "heun" else 1)
+        return calls * (2 if self.num_classes and sample.guidance != 1 else 1) / 3
 
     @torch.no_grad()
     def sample(self, noise: Tensor, condition: Condition, options: Options | None = None) -> Tensor:

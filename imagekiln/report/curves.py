@@ -57,11 +57,20 @@ class Chart:
 def charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """All curves of a run's rows (see `Run.stats`); what was recorded too seldom has none."""
     phases = list(dict.fromkeys(key.removesuffix("/loss") for key in _keys(rows) if key.endswith("/loss")))
-    phases += [p for p in _names_after("validation/", rows) if p not in phases]
+    held_out = _names_after("validation/", rows)
+    phases += [p for p in held_out if p not in phases and not _OF_A_PART.search(p)]
     end_nimg = max((row["nimg"] for row in rows if isinstance(row.get("nimg"), int)), default=0)
     pulls = [Line(p, _points(rows, f"{p}/grad_norm"), COLOURS[i % len(COLOURS)]) for i, p in enumerate(phases)]
     plans = [
         ("Loss", _about_loss(len(phases) > 1), _losses(rows, phases), "log"),
+        ("Held-out loss by noise level", _ABOUT_LEVELS, _levels(rows, held_out), "log"),
+        (
+            "Drawn pictures: distance to held-out ones",
+            _ABOUT_DRAWN,
+            _single(rows, "quality/kernel", "distance"),
+            "zero",
+        ),
+        ("Drawn pictures: kinds reached", _ABOUT_COVERAGE, _single(rows, "quality/coverage", "coverage"), "zero"),
         *[(f"Alongside the loss: {p}", "What is watched besides the loss.", _parts(rows, p), "log") for p in phases],
         ("Speed", "Images learned from per second.", _single(rows, "img_per_sec", "speed"), "zero"),
         ("Learning rate", "How large a step the training takes.", _single(rows, "lr", "learning rate"), "zero"),
@@ -71,6 +80,22 @@ def charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
         _chart(title, meaning, lines, end_nimg, scale)
         for title, meaning, lines, scale in plans
         if any(len(line.points) >= FEWEST_POINTS for line in lines)
+    ]
+
+
+_OF_A_PART = re.compile(r"[@\[]")
+"""In the name of a held-out loss: at one level, or of another moving average than the first."""
+
+_ABOUT_LEVELS = "The held-out loss at each amount of noise: little noise is about texture, much noise about shape."
+_ABOUT_DRAWN = "How far a few hundred drawn pictures are from held-out ones; around 0 means no difference is seen."
+_ABOUT_COVERAGE = "Share of held-out pictures with a drawn one close by. A fall means that kinds are being lost."
+
+
+def _levels(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Line]:
+    levels = [name for name in names if "@" in name and "[" not in name]
+    return [
+        Line(f"noise {name.rsplit('@', 1)[1]}", _points(rows, f"validation/{name}"), COLOURS[index % len(COLOURS)])
+        for index, name in enumerate(levels)
     ]
 
 
