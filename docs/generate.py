@@ -122,6 +122,26 @@ def _number(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+def power(folder: Path = ROOT / "records") -> str:
+    """From which strength on each measure sees each fault, of the newest record of every name `metric-power...`."""
+    found = {}
+    for record in sorted(filter(None, map(_record, folder.glob("metric-power*.json"))), key=lambda r: str(r["date"])):
+        found[str(record["name"])] = record
+    return "\n\n".join(_shown_power(found[name]) for name in sorted(found)) or NO_RECORDS
+
+
+def _shown_power(record: Mapping[str, Any]) -> str:
+    facts = record["facts"]
+    measures = list(dict.fromkeys(measure for seen in facts["weakest"].values() for measure in seen))
+    rows = []
+    for fault, seen in facts["weakest"].items():
+        unit, strengths = facts["faults"][fault]["unit"], facts["faults"][fault]["strengths"]
+        cells = ["" if seen[measure] is None else _number(seen[measure]) for measure in measures]
+        rows.append((f"{fault}, {_number(strengths[0])} to {_number(strengths[-1])} {unit}", *cells))
+    origin = f"`{record['command']}`, {record['date'][:10]}, features: {facts['features']}, n = {facts['n']}."
+    return f"{table(('fault', *measures), rows)}\n\n{origin} {' '.join(record['notes'])}"
+
+
 # -- the code ---------------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +234,7 @@ PARTS = {
     "recipes": package_recipes,
     "exits": exit_codes,
     "settings": settings,
+    "power": power,
 }
 
 if __name__ == "__main__":

@@ -213,19 +213,25 @@ def evaluate(
     *,
     n: int | None = None,
     features: str | None = None,
+    metrics: str | None = None,
     seed: int | None = None,
     progress: Callable[[str], None] | None = None,
     **options: Any,
 ) -> list[Any]:
     """Measure a run, or a folder of pictures from anywhere, against held-out real pictures.
 
+    features: a space of features or several with commas between them, see `imagekiln.engine.bench.Bench`.
+    metrics: `default`, `all`, or names with commas between them.
+
     Returns `imagekiln.metrics.Measurement`s, each with interval, real-versus-real floor and provenance; a run keeps
     them in its folder.
 
     Raises:
-        UsageError: a folder was given without `data`. DataError: too few pictures.
+        UsageError: a folder was given without `data`, or there are no such features or metrics.
+        DataError: too few pictures.
     """
-    return evaluation.evaluate(subject, data, n=n, features=features, seed=seed, say=progress, options=options)
+    asked = {"n": n, "features": features, "metrics": metrics, "seed": seed}
+    return evaluation.evaluate(subject, data, **asked, say=progress, options=options)  # type: ignore[arg-type]
 
 
 def compare(runs: Iterable[Run | str | Path]) -> list[dict[str, Any]]:

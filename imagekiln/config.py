@@ -44,6 +44,16 @@ class FamilyConfig(Section):
     name: str = Field(..., description="file name of the family, dotted module, or path of a .py file")
 
 
+class LangevinConfig(Section):
+    """Langevin diffusion of some modules' weights: D = temperature / number of training pictures."""
+
+    temperature: float = Field(0.0, ge=0, description="1 = the posterior of a loss that is a negative log-likelihood")
+    schedule: Literal["constant", "linear", "cosine", "polynomial", "cyclical", "annealed"] = Field(
+        "constant", description="of the temperature, over the run"
+    )
+    law: Literal["gauss", "matched"] = Field("gauss", description="exact Gaussian noise, or a faster one like it")
+
+
 class OptimizerConfig(Section):
     """One optimizer; the section's key names the modules it trains."""
 
@@ -54,6 +64,7 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     momentum: float = Field(0.0, ge=0, lt=1, description="sgd and rmsprop")
     alpha: float = Field(0.99, gt=0, lt=1, description="decay of the squared gradients (rmsprop)")
+    langevin: LangevinConfig = LangevinConfig()
 
 
 class AverageConfig(Section):
@@ -107,7 +118,10 @@ class EvalConfig(Section):
 
     n: int = Field(1000, ge=2, description="generated and reference pictures, where the set has as many")
     seed: int = Field(0, ge=0, lt=2**31)
-    features: Literal["auto", "classifier", "randconv"] = Field("auto", description="auto = classifier with labels")
+    features: str = Field(
+        "auto", description="where pictures are compared: auto = classifier with labels, else randconv"
+    )
+    metrics: str = Field("default", description="default, all, or names with commas between them")
 
 
 class Recipe(Section):

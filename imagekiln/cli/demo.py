@@ -20,8 +20,8 @@ def demo(
 ) -> None:
     """Do the whole job on real handwritten digits: prepare, train, measure, draw, report. Takes minutes on a laptop."""
     from imagekiln import api
-    from imagekiln.engine.evaluate import table
     from imagekiln.engine.tracker import Console, duration
+    from imagekiln.metrics import table
     from imagekiln.report import write
 
     started = time.monotonic()

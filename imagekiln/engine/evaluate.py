@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from imagekiln.engine.generate import Model, draw, open_model, options_for
 from imagekiln.engine.run import Run
 from imagekiln.engine.tracker import Say
 from imagekiln.errors import UsageError
-from imagekiln.metrics import Measurement, Provenance, Regression
+from imagekiln.metrics import Measurement, Provenance, Regression, Similarity
+from imagekiln.metrics.similarity import WINDOW
 
 
 def evaluate(
@@ -31,6 +31,7 @@ def evaluate(
     *,
     n: int | None = None,
     features: str | None = None,
+    metrics: str | None = None,
     seed: int | None = None,
     say: Say | None = None,
     options: dict[str, Any] | None = None,
@@ -39,14 +40,21 @@ def evaluate(
     say = say or (lambda sentence: None)
     run = subject if isinstance(subject, Run) else Run(Path(subject))
     if run.exists():
-        return _evaluate_run(run, data, n, features, seed, say, options or {})
+        return _evaluate_run(run, data, n, features, metrics, seed, say, options or {})
     if data is None:
         raise UsageError(f"{subject} is no run folder. To measure a folder of pictures, name real ones with --data.")
-    return _evaluate_folder(run.path, data, n, features, seed or 0, say)
+    return _evaluate_folder(run.path, data, n, features, metrics, seed or 0, say)
 
 
 def _evaluate_run(
-    run: Run, data: Any, n: int | None, features: str | None, seed: int | None, say: Say, options: dict[str, Any]
+    run: Run,
+    data: Any,
+    n: int | None,
+    features: str | None,
+    metrics: str | None,
+    seed: int | None,
+    say: Say,
+    options: dict[str, Any],
 ) -> list[Measurement]:
     recipe = recipes.complete(read_toml(run.recipe_path))
     model = open_model(run)
@@ -59,7 +67,9 @@ def _evaluate_run(
             "(channels, height, width). Evaluate on pictures of the same size."
         )
     seed = recipe.eval.seed if seed is None else seed
-    bench = Bench(dataset, features or recipe.eval.features, seed, say, hash_of(model.weights))
+    bench = Bench(
+        dataset, features or recipe.eval.features, seed, say, hash_of(model.weights), metrics or recipe.eval.metrics
+    )
     rows: list[Measurement] = []
     if model.family.draws:
         count = n or recipe.eval.n
@@ -78,12 +88,12 @@ def _evaluate_run(
 
 
 def _evaluate_folder(
-    folder: Path, data: Any, n: int | None, features: str | None, seed: int, say: Say
+    folder: Path, data: Any, n: int | None, features: str | None, metrics: str | None, seed: int, say: Say
 ) -> list[Measurement]:
     dataset = datasets.load(DataConfig(path=str(data)))
     channels, size, _ = dataset.train.image_shape
     drawn = datasets.load(DataConfig(path=str(folder), size=size, channels=channels, validation_fraction=0)).train
-    bench = Bench(dataset, features or "auto", seed, say, drawn.fingerprint)
+    bench = Bench(dataset, features or "auto", seed, say, drawn.fingerprint, metrics or "default")
     count = min(n or len(drawn), len(drawn))
     return bench.measure(drawn.read(range(count)).images, None)
 
@@ -95,8 +105,8 @@ def hash_of(path: Path) -> str:
 
 
 def _reconstruction(model: Model, source: Source, provenance: Provenance) -> list[Measurement]:
-    """MSE, RMSE, MAE, PSNR and R2 of what the model makes of held-out pictures; [] where it makes nothing of them."""
-    started, regression = time.perf_counter(), Regression()
+    """Pixel errors and similarity of what the model makes of held-out pictures; [] where it makes nothing of them."""
+    started, regression, similarity = time.perf_counter(), Regression(), Similarity()
     count = min(len(source), 1000)
     for start in range(0, count, BATCH):
         targets = datasets.to_float(source.read(range(start, min(count, start + BATCH))).images)
@@ -105,7 +115,10 @@ def _reconstruction(model: Model, source: Source, provenance: Provenance) -> lis
         if predictions is None:
             return []
         regression.update(predictions.float().cpu(), targets)
+        if min(targets.shape[2:]) >= WINDOW:
+            similarity.update(predictions.float().cpu(), targets)
     seconds = time.perf_counter() - started
+    scores = regression.scores() | (similarity.scores() if similarity.n else {})
     return [
         Measurement(
             metric=name,
@@ -114,10 +127,10 @@ def _reconstruction(model: Model, source: Source, provenance: Provenance) -> lis
             n_reference=count,
             provenance=provenance,
             seconds=seconds,
-            lower_is_better=name not in ("r2", "psnr"),
+            lower_is_better=name not in ("r2", "psnr", "ssim", "ms_ssim"),
             details={"of": "held-out pictures"},
         )
-        for name, value in regression.scores().items()
+        for name, value in scores.items()
     ]
 
 
@@ -127,20 +140,3 @@ def _neighbour_sheet(bench: Bench, images: Tensor, columns: int = 10) -> Any:
     closest = distance.argsort()[: 2 * columns]
     rows = [part[chunk] for chunk in closest.split(columns) for part in (images, real)]
     return pictures.grid(torch.cat(rows), columns)
-
-
-def table(rows: Sequence[Measurement]) -> str:
-    """Measurements as text for people."""
-    lines = [f"{'':<26}{'value':>10}  {'95 % interval':<22}{'real/real':>10}{'ratio':>8}"]
-    for row in rows:
-        interval = f"{row.low:.4g} .. {row.high:.4g}" if row.low is not None and row.high is not None else ""
-        floor = f"{row.floor:.4g}" if row.floor is not None else ""
-        ratio = f"{row.ratio:.2f}" if row.ratio is not None else ""
-        lines.append(f"{row.label:<26}{row.value:>10.4g}  {interval:<22}{floor:>10}{ratio:>8}")
-    if rows:
-        first = rows[0]
-        lines.append(
-            f"n = {first.n} against {first.n_reference} of {first.provenance.reference}; "
-            f"floor from {first.details.get('floor', 'none')}; seed {first.seed}."
-        )
-    return "\n".join(lines)

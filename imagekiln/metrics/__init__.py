@@ -12,9 +12,13 @@ Nothing here trains, reads runs or downloads weights.
 0.0
 """
 
+from imagekiln.metrics.conditional import ClassScore, IntraClass, intra_class
+from imagekiln.metrics.extrapolation import Extrapolation, FrechetInfinity, frechet_infinity
 from imagekiln.metrics.features import FeatureNetwork, RandomConv, extract, weights_hash
 from imagekiln.metrics.frechet import FrechetDistance
-from imagekiln.metrics.interval import Interval, interval
+from imagekiln.metrics.gaussian_kernel import GaussianKernelDistance, median_distance
+from imagekiln.metrics.inception_score import InceptionScore, inception_score
+from imagekiln.metrics.interval import Halves, Interval, interval
 from imagekiln.metrics.kernel import KernelDistance
 from imagekiln.metrics.manifest import Measurement, Provenance, comparable
 from imagekiln.metrics.manifold import (
@@ -26,38 +30,98 @@ from imagekiln.metrics.manifold import (
     expected_coverage,
     manifold_scores,
 )
-from imagekiln.metrics.memorization import CopyRatio, Neighbours, copy_ratios, nearest
+from imagekiln.metrics.memorization import (
+    Authenticity,
+    CopyRatio,
+    CopyTest,
+    Memorization,
+    Neighbours,
+    Search,
+    Share,
+    authenticity,
+    copies_per_thousand,
+    copy_ratios,
+    copy_test,
+    memorization,
+    nearest,
+    search,
+)
+from imagekiln.metrics.path_length import PathLength, PathLengthSetting, path_length
+from imagekiln.metrics.pyramid import PyramidDistance, pyramid_distance
 from imagekiln.metrics.regression import Regression
 from imagekiln.metrics.share import wilson
-from imagekiln.metrics.statistics import Statistics
-from imagekiln.metrics.suite import DEFAULT, measure
+from imagekiln.metrics.similarity import Similarity
+from imagekiln.metrics.sliced import SlicedDistance
+from imagekiln.metrics.spectrum import Spectrum, SpectrumComparison, compare_spectra
+from imagekiln.metrics.statistics import Statistics, remarks
+from imagekiln.metrics.suite import BUNDLES, DEFAULT, measure, metrics_named
+from imagekiln.metrics.tables import table
+from imagekiln.metrics.vendi import Vendi, vendi_of_kernel, vendi_score
 
 __all__ = [
+    "BUNDLES",
     "DEFAULT",
+    "Authenticity",
+    "ClassScore",
     "CopyRatio",
+    "CopyTest",
     "Coverage",
     "Density",
+    "Extrapolation",
     "FeatureNetwork",
     "FrechetDistance",
+    "FrechetInfinity",
+    "GaussianKernelDistance",
+    "Halves",
+    "InceptionScore",
     "Interval",
+    "IntraClass",
     "KernelDistance",
     "ManifoldScores",
     "Measurement",
+    "Memorization",
     "Neighbours",
+    "PathLength",
+    "PathLengthSetting",
     "Precision",
     "Provenance",
+    "PyramidDistance",
     "RandomConv",
     "Recall",
     "Regression",
+    "Search",
+    "Share",
+    "Similarity",
+    "SlicedDistance",
+    "Spectrum",
+    "SpectrumComparison",
     "Statistics",
+    "Vendi",
+    "authenticity",
     "comparable",
+    "compare_spectra",
+    "copies_per_thousand",
     "copy_ratios",
+    "copy_test",
     "expected_coverage",
     "extract",
+    "frechet_infinity",
+    "inception_score",
     "interval",
+    "intra_class",
     "manifold_scores",
     "measure",
+    "median_distance",
+    "memorization",
+    "metrics_named",
     "nearest",
+    "path_length",
+    "pyramid_distance",
+    "remarks",
+    "search",
+    "table",
+    "vendi_of_kernel",
+    "vendi_score",
     "weights_hash",
     "wilson",
 ]

@@ -5,7 +5,7 @@ KD = mean_{i!=j} k(g_i, g_j) + mean_{i!=j} k(r_i, r_j) - 2 mean_{ij} k(g_i, r_j)
 (Gretton et al. 2012, eq. 3; the kernel of Binkowski et al. 2018.) Being unbiased it may be below 0 when the sets agree.
 It is "KID" only on the features of the 2015 Inception network, which this package does not ship.
 
-Shapes: G and R pictures of the two sets, D features, P parts.
+Shapes: G and R pictures of the two sets, D features, S cuts in halves.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from imagekiln.core import mix
 from imagekiln.errors import UsageError
+from imagekiln.metrics.interval import Halves
 from imagekiln.metrics.statistics import Statistics, require_pair
 
 BLOCK_ROWS = 1024
@@ -39,6 +40,7 @@ class KernelDistance:
     ideal: float = 0.0
     bounds: tuple[float, float] = (-float("inf"), float("inf"))
     min_n: int = 2
+    squared: bool = True
 
     def __init__(self, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> None:
         if subsets < 1 or subset_size < 2:
@@ -62,32 +64,34 @@ class KernelDistance:
         )
         return sum(_mmd2(generated.features[g], reference.features[r]) for g, r in draws) / self.subsets
 
-    def without_parts(self, generated: Statistics, reference: Statistics, parts: tuple[Tensor, Tensor]) -> list[float]:
-        """The complete statistic with part p of both sets left out, for every p: one pass over the pairs serves all.
-
-        parts: (part_G, part_R) int64 in [0, P): which part each picture belongs to.
-        """
-        require_pair(generated, reference, self.min_n, "a kernel distance")
-        part_G, part_R = parts
-        count = 1 + int(max(part_G.max(), part_R.max()))
+    def on_halves(self, generated: Statistics, reference: Statistics, halves: Halves) -> list[tuple[float, float]]:
+        """The complete statistic of the first and second half of every cut: one pass over the pairs serves all."""
+        require_pair(generated, reference, 2 * self.min_n, "a kernel distance of halves")
+        sets = (
+            (generated.features, halves.of(generated.n, "generated")),
+            (
+                reference.features,
+                halves.of(reference.n, "reference"),
+            ),
+        )
+        (x_GD, first_SG), (y_RD, first_SR) = sets
         sums = [
-            _pair_sums(x.features, y.features, part_x, part_y, count)
-            for x, y, part_x, part_y in (
-                (generated, generated, part_G, part_G),
-                (reference, reference, part_R, part_R),
-                (generated, reference, part_G, part_R),
+            _half_sums(*pair)
+            for pair in (
+                (x_GD, x_GD, first_SG, first_SG),
+                (y_RD, y_RD, first_SR, first_SR),
+                (x_GD, y_RD, first_SG, first_SR),
             )
         ]
-        diagonals = [_diagonal(side.features) for side in (generated, reference)]
+        diagonals = [_diagonal(rows) for rows, _ in sets]
         values = []
-        for part in range(count):
-            kept = torch.arange(count) != part
-            gg, rr, gr = (float(pairs[kept][:, kept].sum()) for pairs in sums)
-            g, r = (int((part_X != part).sum()) for part_X in parts)
-            gg -= float(diagonals[0][part_G != part].sum())
-            rr -= float(diagonals[1][part_R != part].sum())
-            values.append(gg / (g * (g - 1)) + rr / (r * (r - 1)) - 2 * gr / (g * r))
-        return values
+        for second in (False, True):
+            g, r = (int((first_SN[0] != second).sum()) for _, first_SN in sets)
+            gg_S, rr_S, gr_S = (pairs[:, int(second)] for pairs in sums)
+            gg_S = gg_S - (first_SG != second).double() @ diagonals[0]
+            rr_S = rr_S - (first_SR != second).double() @ diagonals[1]
+            values.append((gg_S / (g * (g - 1)) + rr_S / (r * (r - 1)) - 2 * gr_S / (g * r)).tolist())
+        return list(zip(*values, strict=True))
 
     def _complete(self, num_generated: int, num_reference: int) -> bool:
         return max(num_generated, num_reference) ** 2 <= self.subsets * self.subset_size**2
@@ -108,15 +112,17 @@ def _pair_sum(x_GD: Tensor, y_RD: Tensor) -> float:
     )
 
 
-def _pair_sums(x_GD: Tensor, y_RD: Tensor, part_G: Tensor, part_R: Tensor, count: int) -> Tensor:
-    """sums_PP: kernel summed over the pairs of every two parts."""
+def _half_sums(x_GD: Tensor, y_RD: Tensor, first_SG: Tensor, first_SR: Tensor) -> Tensor:
+    """sums_S2: kernel summed over the pairs within the first halves, and within the second halves."""
     y_DR = y_RD.double().T / x_GD.shape[1]
-    sums_PP = torch.zeros(count, count, dtype=torch.float64)
-    member_RP = torch.nn.functional.one_hot(part_R, count).double()
-    for block, part in zip(x_GD.split(BLOCK_ROWS), part_G.split(BLOCK_ROWS), strict=True):
+    first_SG, first_SR = first_SG.double(), first_SR.double()
+    sums_S2 = torch.zeros(len(first_SG), 2, dtype=torch.float64)
+    for block, first_SB in zip(x_GD.split(BLOCK_ROWS), first_SG.split(BLOCK_ROWS, 1), strict=True):
         kernel_BR = torch.addmm(torch.ones(()).double(), block.double(), y_DR).pow_(3)
-        sums_PP.index_add_(0, part, kernel_BR @ member_RP)
-    return sums_PP
+        inside_SB = first_SR @ kernel_BR.T
+        sums_S2[:, 0] += (inside_SB * first_SB).sum(1)
+        sums_S2[:, 1] += ((kernel_BR.sum(1) - inside_SB) * (1.0 - first_SB)).sum(1)
+    return sums_S2
 
 
 def _diagonal(x_GD: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Measurements: a number with everything needed to believe it, reproduce it, and know what it may be ranked against.
 
 One measurement is one line of JSON. Its label names the feature space, "FD[classifier]", since a Frechet distance on
-one network says nothing about another; "FID" and "KID" are reserved for the 2015 Inception features.
+one network says nothing about another; "FID" and "KID" are reserved for the 2015 Inception features, and name the
+protocol that brought the pictures there.
 """
 
 from __future__ import annotations
@@ -15,7 +16,15 @@ from typing import Any
 
 from imagekiln.errors import UsageError
 
-SHORT_NAMES = {"frechet": "FD", "kernel": "KD"}
+SHORT_NAMES = {
+    "frechet": "FD",
+    "kernel": "KD",
+    "frechet_infinity": "FD-infinity",
+    "intra_class_frechet": "intra-class FD",
+}
+INCEPTION = "inception-2015"
+PUBLISHED_NAMES = {"frechet": "FID", "kernel": "KID", "frechet_infinity": "FID-infinity"}
+"""Names that only numbers on the 2015 Inception features may have."""
 FLOATS = ("value", "low", "high", "floor", "ratio", "seconds")
 
 
@@ -66,8 +75,15 @@ class Measurement:
 
         >>> Measurement("frechet", 3.5, 1000, 1000, Provenance("classifier")).label
         'FD[classifier]'
+        >>> Measurement("frechet", 3.5, 1000, 1000, Provenance("inception-2015-clean-fid")).label
+        'FID[clean-fid]'
         """
-        return f"{SHORT_NAMES.get(self.metric, self.metric)}[{self.provenance.features}]"
+        features = self.provenance.features
+        published = features.partition(INCEPTION)
+        if published[1] and not published[0] and "float16" not in features:
+            name = PUBLISHED_NAMES.get(self.metric, self.metric)
+            return f"{name}[{published[2].removeprefix('-') or 'tf'}]"
+        return f"{SHORT_NAMES.get(self.metric, self.metric)}[{features}]"
 
     def to_json(self) -> str:
         """One line of JSON; provenance is flattened into it, numbers that are not finite become strings.

@@ -12,7 +12,7 @@ duplicates in its own set has an empty ball. Even for two sets of one distributi
 (0.77 at 64 dimensions): read them beside the floor, the same number between two real sets. One distribution gives
 E[density] = 1 and E[coverage] = `expected_coverage`.
 
-Shapes: G generated and R real pictures, D features.
+Shapes: G generated and R real pictures, D features, K neighbours, S cuts in halves, M pairs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from imagekiln.errors import UsageError
 from imagekiln.metrics.distances import Bank
+from imagekiln.metrics.interval import Halves
 from imagekiln.metrics.statistics import Statistics, require_pair
 
 NEIGHBOURS = 5
@@ -71,83 +72,80 @@ def expected_coverage(num_generated: int, num_reference: int, k: int = NEIGHBOUR
 @lru_cache(maxsize=1)
 def _scores(generated: Statistics, reference: Statistics, k: int, num_g: int, num_r: int) -> ManifoldScores:
     """Statistics only ever grow, so the two objects with their sizes are a sound key."""
-    real, fake = Bank(reference.features), Bank(generated.features)
-    real_radius2_R = real.nearest(reference.features, k, same=True)[0][:, -1]
-    fake_radius2_G = fake.nearest(generated.features, k, same=True)[0][:, -1]
+    real = Bank(reference.features)
+    real_radius2_R = real.neighbours(k)[0][:, -1]
+    fake_radius2_G = Bank(generated.features).neighbours(k)[0][:, -1]
     balls_G = torch.zeros(num_g, dtype=torch.int64)
-    covered_R = torch.zeros(num_r, dtype=torch.bool)
-    for start, inside_BR in real.within(generated.features, real_radius2_R):
-        balls_G[start : start + len(inside_BR)] = inside_BR.sum(1)
-        covered_R |= inside_BR.any(0)
-    recalled = sum(int(inside_BG.any(1).sum()) for _, inside_BG in fake.within(reference.features, fake_radius2_G))
+    covered_R, recalled_R = torch.zeros(2, num_r, dtype=torch.bool)
+    for start, in_real_BR, in_fake_BR in real.within(generated.features, real_radius2_R, fake_radius2_G):
+        balls_G[start : start + len(in_real_BR)] = in_real_BR.sum(1)
+        covered_R |= in_real_BR.any(0)
+        recalled_R |= in_fake_BR.any(0)
     return ManifoldScores(
         precision=int((balls_G > 0).sum()) / num_g,
-        recall=recalled / num_r,
+        recall=int(recalled_R.sum()) / num_r,
         density=int(balls_G.sum()) / (k * num_g),
         coverage=int(covered_R.sum()) / num_r,
     )
 
 
-def manifold_without_parts(
-    generated: Statistics, reference: Statistics, parts: tuple[Tensor, Tensor], k: int = NEIGHBOURS
-) -> list[ManifoldScores]:
-    """The scores with part p of both sets left out, for every p: one pass over the distances serves all (float32).
+def manifold_on_halves(
+    generated: Statistics, reference: Statistics, halves: Halves, k: int = NEIGHBOURS
+) -> list[tuple[ManifoldScores, ManifoldScores]]:
+    """The scores of the first and second half of every cut: one pass over the distances serves all.
 
-    parts: (part_G, part_R) int64 in [0, P). Raises as `manifold_scores`. The last comparison is remembered.
+    Raises as `manifold_scores`. The last comparison is remembered.
     """
     require_pair(generated, reference, 2 * k + 2, f"an interval of {k} nearest neighbours")
-    part_G, part_R = parts
-    return _scores_without(generated, reference, tuple(part_G.tolist()), tuple(part_R.tolist()), k)
+    return _scores_of_halves(generated, reference, halves, k, generated.n, reference.n)
 
 
 @lru_cache(maxsize=1)
-def _scores_without(
-    generated: Statistics, reference: Statistics, parts_G: tuple[int, ...], parts_R: tuple[int, ...], k: int
-) -> list[ManifoldScores]:
-    part_G, part_R = torch.tensor(parts_G), torch.tensor(parts_R)
-    count = 1 + int(max(part_G.max(), part_R.max()))
+def _scores_of_halves(
+    generated: Statistics, reference: Statistics, halves: Halves, k: int, num_g: int, num_r: int
+) -> list[tuple[ManifoldScores, ManifoldScores]]:
+    first_SG, first_SR = halves.of(num_g, "generated"), halves.of(num_r, "reference")
     real, fake = Bank(reference.features), Bank(generated.features)
-    real_radius2_PR = _radii_without(real, reference, part_R, count, k)
-    fake_radius2_PG = _radii_without(fake, generated, part_G, count, k)
-    inside_P, balls_P, recalled_P = torch.zeros(3, count, dtype=torch.int64)
-    covered_PR = torch.zeros(count, reference.n, dtype=torch.bool)
-    for start, distance2_BR, _ in real.blocks(generated.features):
-        part_B = part_G[start : start + len(distance2_BR)]
-        for p in range(count):
-            inside_BR = (distance2_BR < real_radius2_PR[p])[part_B != p]
-            balls_B = inside_BR.sum(1)
-            inside_P[p] += (balls_B > 0).sum()
-            balls_P[p] += balls_B.sum()
-            covered_PR[p] |= inside_BR.any(0)
-    for start, distance2_BG, _ in fake.blocks(reference.features):
-        part_B = part_R[start : start + len(distance2_BG)]
-        for p in range(count):
-            recalled_P[p] += (distance2_BG < fake_radius2_PG[p]).any(1)[part_B != p].sum()
-    kept_P = [(int((part_G != p).sum()), int((part_R != p).sum())) for p in range(count)]
-    return [
-        ManifoldScores(
-            precision=int(inside_P[p]) / num_g,
-            recall=int(recalled_P[p]) / num_r,
-            density=int(balls_P[p]) / (k * num_g),
-            coverage=int(covered_PR[p].sum()) / num_r,
+    real_radius2_SR, fake_radius2_SG = _radii_of_halves(real, first_SR, k), _radii_of_halves(fake, first_SG, k)
+    balls_SG = torch.zeros(halves.splits, num_g, dtype=torch.int64)
+    covered_SR, recalled_SR = torch.zeros(2, halves.splits, num_r, dtype=torch.bool)
+    for g_M, r_M, distance2_M in real.pairs_within(
+        generated.features, real_radius2_SR.amax(0), fake_radius2_SG.amax(0)
+    ):
+        for s in range(halves.splits):
+            together_M = first_SG[s, g_M] == first_SR[s, r_M]
+            in_real_M = together_M & (distance2_M < real_radius2_SR[s, r_M])
+            in_fake_M = together_M & (distance2_M < fake_radius2_SG[s, g_M])
+            balls_SG[s] += torch.bincount(g_M[in_real_M], minlength=num_g)
+            covered_SR[s, r_M[in_real_M]] = True
+            recalled_SR[s, r_M[in_fake_M]] = True
+
+    def scores(s: int, own_G: Tensor, own_R: Tensor) -> ManifoldScores:
+        return ManifoldScores(
+            precision=float((balls_SG[s, own_G] > 0).double().mean()),
+            recall=float(recalled_SR[s, own_R].double().mean()),
+            density=float(balls_SG[s, own_G].double().mean()) / k,
+            coverage=float(covered_SR[s, own_R].double().mean()),
         )
-        for p, (num_g, num_r) in enumerate(kept_P)
-    ]
+
+    both = zip(first_SG, first_SR, strict=True)
+    return [(scores(s, g_G, r_R), scores(s, ~g_G, ~r_R)) for s, (g_G, r_R) in enumerate(both)]
 
 
-def _radii_without(bank: Bank, statistics: Statistics, part_N: Tensor, count: int, k: int) -> Tensor:
-    """radius2_PN float32: squared k-th nearest distance when part p is left out; -1 for the rows of p themselves.
+def _radii_of_halves(bank: Bank, first_SN: Tensor, k: int) -> Tensor:
+    """radius2_SN float64: squared distance to the k-th nearest row of a row's own half, in every cut.
 
-    Among 3 k neighbours at least k are outside a small part, but for about one row in 10^10.
+    Among 8 k neighbours at least k are in the same half, but for one row in 10^7 at k = 5; that takes the last.
     """
-    near = min(3 * k, statistics.n - 1)
-    distance2_NK, index_NK = bank.nearest(statistics.features, near, same=True)
-    radius2_PN = torch.empty(count, statistics.n)
-    for p in range(count):
-        outside_NK = distance2_NK.masked_fill(part_N[index_NK] == p, torch.inf)
-        kth_N = outside_NK.sort(1).values[:, k - 1].float()
-        radius2_PN[p] = torch.where(kth_N.isinf(), distance2_NK[:, -1].float(), kth_N).masked_fill(part_N == p, -1.0)
-    return radius2_PN
+    num = first_SN.shape[1]
+    distance2_NK, index_NK = bank.neighbours(min(8 * k, num - 1))
+    radius2_SN = torch.empty(first_SN.shape, dtype=torch.float64)
+    for s, first_N in enumerate(first_SN):
+        kin_NK = (first_N[index_NK] == first_N[:, None]).cumsum(1)
+        kth_N = (kin_NK >= k).int().argmax(1)  # 0 where there is none
+        kth_N = torch.where(kin_NK[:, -1] < k, kin_NK.shape[1] - 1, kth_N)
+        radius2_SN[s] = distance2_NK.gather(1, kth_N[:, None])[:, 0]
+    return radius2_SN
 
 
 class Precision:
@@ -166,9 +164,10 @@ class Precision:
         """The score; see `manifold_scores` for what is computed and raised."""
         return getattr(manifold_scores(generated, reference, self.k), self.name)
 
-    def without_parts(self, generated: Statistics, reference: Statistics, parts: tuple[Tensor, Tensor]) -> list[float]:
-        """The score with part p of both sets left out, for every p; see `manifold_without_parts`."""
-        return [getattr(s, self.name) for s in manifold_without_parts(generated, reference, parts, self.k)]
+    def on_halves(self, generated: Statistics, reference: Statistics, halves: Halves) -> list[tuple[float, float]]:
+        """The score of the first and second half of every cut; see `manifold_on_halves`."""
+        cuts = manifold_on_halves(generated, reference, halves, self.k)
+        return [(getattr(first, self.name), getattr(second, self.name)) for first, second in cuts]
 
 
 class Recall(Precision):

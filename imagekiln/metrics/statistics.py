@@ -20,31 +20,35 @@ from imagekiln.errors import DataError
 BLOCK_ROWS = 8192
 """Rows converted to float64 at a time: bounds the memory of the covariance."""
 
+REPEATED = 0.01
+"""Share of repeated pictures that is worth a remark."""
+
 
 class Statistics:
     """Features of a set of pictures, gathered batch by batch.
 
-    dim: D, number of features of a picture.
+    dim: D, number of features of a picture. name: of the set, for messages ("generated").
 
     >>> statistics = Statistics(dim=2).update(torch.tensor([[0.0, 0.0], [2.0, 4.0]]))
     >>> statistics.n, statistics.mean.tolist(), statistics.covariance.tolist()
     (2, [1.0, 2.0], [[2.0, 4.0], [4.0, 8.0]])
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, name: str = "") -> None:
         self.dim = dim
+        self.name = name
         self.n = 0
         self._rows: list[Tensor] = []
         self._moments: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of(cls, features_ND: Tensor) -> Statistics:
+    def of(cls, features_ND: Tensor, name: str = "") -> Statistics:
         """Statistics of features that are already all there."""
         if features_ND.ndim != 2:
             raise DataError(
                 f"Statistics got features of shape {tuple(features_ND.shape)}; it needs (pictures, features)."
             )
-        return cls(features_ND.shape[1]).update(features_ND)
+        return cls(features_ND.shape[1], name).update(features_ND)
 
     def update(self, features_BD: Tensor) -> Statistics:
         """Add rows; returns itself. features_BD: any float dtype, any device, finite.
@@ -57,11 +61,13 @@ class Statistics:
                 f"it needs (pictures, {self.dim}): use one feature network throughout."
             )
         rows = features_BD.detach().to("cpu", torch.float32, copy=True)
-        broken = int((~torch.isfinite(rows)).any(1).sum())
-        if broken:
+        broken_M = (~torch.isfinite(rows)).any(1).nonzero().flatten()
+        if len(broken_M):
+            of = f" of the {self.name} set" if self.name else ""
             raise DataError(
-                f"The features of {broken} of {len(rows)} pictures are NaN or infinite; metrics need finite numbers: "
-                "look at the pictures, the model may have diverged."
+                f"The features of {len(broken_M)} of {len(rows)} pictures{of} are NaN or infinite, the first of them "
+                f"picture {self.n + int(broken_M[0])} (counted from 0); metrics need finite numbers: look at the "
+                "pictures, the model may have diverged."
             )
         self._rows.append(rows)
         self._moments = None
@@ -94,7 +100,16 @@ class Statistics:
     def subset(self, indices: Tensor | Iterable[int]) -> Statistics:
         """Statistics of some of the pictures. indices: int64 positions or a boolean mask_N."""
         chosen = indices if isinstance(indices, Tensor) else torch.as_tensor(list(indices), dtype=torch.int64)
-        return Statistics(self.dim).update(self.features[chosen])
+        return Statistics(self.dim, self.name).update(self.features[chosen])
+
+    @property
+    def num_distinct(self) -> int:
+        """Pictures whose features differ from those of every picture before them.
+
+        >>> Statistics.of(torch.tensor([[1.0], [2.0], [1.0]])).num_distinct
+        2
+        """
+        return len({row.tobytes() for row in self.features.numpy()})
 
     def require(self, n: int, purpose: str) -> None:
         """Raises DataError when there are fewer than n pictures."""
@@ -124,3 +139,29 @@ def require_pair(generated: Statistics, reference: Statistics, n: int, purpose: 
         )
     generated.require(n, purpose)
     reference.require(n, purpose)
+
+
+def remarks(generated: Statistics, reference: Statistics) -> list[str]:
+    """What a reader of metrics over these sets should know: repeated pictures, more features than pictures.
+
+    >>> same, two = Statistics.of(torch.zeros(4, 1)), Statistics.of(torch.tensor([[0.0], [1.0]]))
+    >>> remarks(same, two)
+    ['All 4 generated pictures have the same features: the model may have collapsed.']
+    """
+    found = []
+    for side, name, meaning in (
+        (generated, "generated", "the model may have collapsed"),
+        (reference, "reference", "balls around repeated pictures are empty: remove duplicates"),
+    ):
+        distinct = side.num_distinct
+        if side.n > 1 and distinct == 1:
+            found.append(f"All {side.n} {name} pictures have the same features: {meaning}.")
+        elif distinct < (1 - REPEATED) * side.n:
+            found.append(f"{side.n - distinct} of {side.n} {name} pictures repeat the features of another: {meaning}.")
+    n = min(generated.n, reference.n)
+    if n <= generated.dim:
+        found.append(
+            f"{n} pictures do not span the space of {generated.dim} features: a Frechet distance is then mostly "
+            "bias, and compares only at equal numbers."
+        )
+    return found

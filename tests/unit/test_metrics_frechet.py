@@ -57,6 +57,39 @@ def test_agrees_with_the_textbook_form_and_is_symmetric(n_x, n_y):
     assert FD(a, b) == pytest.approx(FD(b, a), rel=1e-9)
 
 
+@pytest.mark.parametrize("decades", [0, 3, 8])
+def test_agrees_with_scipy_on_correlated_features(decades):
+    """The product's matrix root by Schur decomposition, and its complex eigenvalues: two routes that are not ours."""
+    linalg = pytest.importorskip("scipy.linalg")
+    d = 24
+    scales = torch.logspace(0, -decades / 2, d, dtype=torch.float64)
+    mixing = torch.linalg.qr(normal(d, d, 5)).Q
+    x, y = ((normal(400, d, seed, scale, 0.1) * scales @ mixing).float() for seed, scale in ((0, 1.3), (1, 1.0)))
+    cov_x, cov_y = (torch.cov(rows.double().T).numpy() for rows in (x, y))
+    rest = float((x.double().mean(0) - y.double().mean(0)).square().sum()) + cov_x.trace() + cov_y.trace()
+    found = FD(Statistics.of(x), Statistics.of(y))
+    assert found == pytest.approx(rest - 2 * linalg.sqrtm(cov_x @ cov_y).real.trace(), rel=1e-6)
+    roots = linalg.eigvals(cov_x @ cov_y).astype(complex) ** 0.5
+    assert found == pytest.approx(rest - 2 * float(roots.real.sum()), rel=1e-6)
+
+
+def test_three_pictures_and_one_repeated_picture():
+    """A point mass against anything: the shift and the whole spread of the other side."""
+    same, y = torch.full((50, 6), 0.25), normal(40, 6, 1).float()
+    want = float((0.25 - y.double().mean(0)).square().sum() + torch.cov(y.double().T).trace())
+    assert FD(Statistics.of(same), Statistics.of(y)) == pytest.approx(want, rel=1e-9)
+    assert FD(Statistics.of(same), Statistics.of(same)) == 0.0
+    three = normal(3, 6, 2).float()
+    assert FD(Statistics.of(three), Statistics.of(y)) == pytest.approx(by_square_roots(three.double(), y.double()))
+
+
+def test_never_negative_on_nearly_equal_ill_conditioned_sets():
+    scales = torch.logspace(0, -9, 40, dtype=torch.float64)
+    for seed in range(5):
+        x = (normal(60, 40, seed) * scales).float()
+        assert 0.0 <= FD(Statistics.of(x), Statistics.of(x)) < 1e-7
+
+
 def test_dead_and_duplicate_features():
     x, y = normal(80, 4, 0, 1.2), normal(90, 4, 1)
     alone = FD(Statistics.of(x), Statistics.of(y))

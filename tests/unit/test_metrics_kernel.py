@@ -7,6 +7,7 @@ import torch
 
 from imagekiln.errors import DataError, UsageError
 from imagekiln.metrics import KernelDistance, Statistics
+from imagekiln.metrics.interval import Halves
 
 
 def normal(n, d, seed, shift=0.0):
@@ -66,12 +67,23 @@ def test_subsets_estimate_the_complete_statistic_and_follow_the_seed():
     assert some[0] == pytest.approx(complete, rel=0.2)
 
 
-def test_without_parts_equals_deleting_pictures():
-    x, y = Statistics.of(normal(31, 3, 0, 0.4)), Statistics.of(normal(27, 3, 1))
-    parts = torch.arange(31) % 4, torch.arange(27) % 4
-    metric = KernelDistance()
-    direct = [metric(x.subset(parts[0] != p), y.subset(parts[1] != p)) for p in range(4)]
-    assert metric.without_parts(x, y, parts) == pytest.approx(direct, rel=1e-9)
+def test_on_halves_equals_the_halves_on_their_own():
+    x, y, halves, metric = (
+        Statistics.of(normal(31, 3, 0, 0.4)),
+        Statistics.of(normal(27, 3, 1)),
+        Halves(5, 0),
+        KernelDistance(),
+    )
+    cuts = zip(halves.of(31, "generated"), halves.of(27, "reference"), strict=True)
+    direct = [(metric(x.subset(g), y.subset(r)), metric(x.subset(~g), y.subset(~r))) for g, r in cuts]
+    assert torch.tensor(metric.on_halves(x, y, halves)) == pytest.approx(torch.tensor(direct), rel=1e-5, abs=1e-9)
+
+
+def test_one_repeated_picture_has_a_closed_form():
+    """k(x, x) + mean k(y, y') - 2 mean k(x, y), the first without any noise."""
+    same, y = torch.full((6, 2), 0.5), normal(9, 2, 1)
+    assert KernelDistance()(Statistics.of(same), Statistics.of(same)) == pytest.approx(0.0, abs=1e-12)
+    assert KernelDistance()(Statistics.of(same), Statistics.of(y)) == pytest.approx(naive(same, y), rel=1e-10)
 
 
 def test_order_does_not_show():

@@ -10,6 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from imagekiln.errors import DataError
 from imagekiln.metrics import Statistics
+from imagekiln.metrics.statistics import remarks
 
 ROWS = hnp.arrays(
     "float32",
@@ -59,8 +60,24 @@ def test_a_large_offset_does_not_cancel():
 def test_refuses_what_is_not_a_number(bad):
     rows = torch.zeros(5, 2)
     rows[3, 1] = bad
-    with pytest.raises(DataError, match="1 of 5 pictures are NaN or infinite"):
+    with pytest.raises(DataError, match=r"1 of 5 pictures are NaN or infinite, the first of them picture 3 \("):
         Statistics(2).update(rows)
+    named = Statistics(2, "generated").update(torch.zeros(4, 2))
+    with pytest.raises(DataError, match=r"of the generated set are NaN or infinite, the first of them picture 7 \("):
+        named.update(rows)
+    assert named.n == 4, "a refused update leaves nothing behind"
+
+
+def test_remarks_name_what_makes_numbers_odd():
+    rows = torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
+    whole, repeated = Statistics.of(rows), Statistics.of(torch.cat([rows[:250], rows[:50]]))
+    assert remarks(whole, whole) == [] and repeated.num_distinct == 250
+    (said,) = remarks(repeated, whole)
+    assert said.startswith("50 of 300 generated pictures repeat")
+    (said,) = remarks(whole, Statistics.of(torch.ones(40, 2)))
+    assert said.startswith("All 40 reference pictures have the same features")
+    (said,) = remarks(Statistics.of(torch.eye(3)), Statistics.of(torch.eye(3)))
+    assert "3 pictures do not span the space of 3 features" in said
 
 
 @pytest.mark.parametrize("shape", [(5,), (5, 3), (1, 5, 2)])
