@@ -111,6 +111,9 @@ class Family(nn.Module, ABC):
     monitor: ClassVar[str | None] = None
     """The held-out loss that ranks moments of a run; None where no loss measures quality, and drawn pictures do."""
 
+    check_settings: ClassVar[Mapping[str, Any]] = {}
+    """Settings of the `family` section for the checks of `imagekiln.testing`: small, so that they take seconds."""
+
     draws: ClassVar[bool] = True
     """False for a family that is trained to judge pictures, not to make them: it has `features` and no `sample`."""
 

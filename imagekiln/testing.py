@@ -287,7 +287,8 @@ def _recipe(name: str, settings: dict | None = None, steps: int = 4) -> Recipe:
             "averages": [{"sigma_rel": 0.1}, {"kind": "exponential", "halflife_kimg": 0.05}],
         }
     }
-    return recipes.resolve(name, merge(base, settings or {}))
+    small = {"family": dict(registry.load(registry.locate(name)).check_settings)}
+    return recipes.resolve(name, merge(base, small, settings or {}))
 
 
 def _built(name: str) -> Iterator[Family]:
@@ -361,7 +362,7 @@ def _require_equal(first: Trainer, second: Trainer, sentence: str) -> None:
     def tensors(trainer: Trainer) -> dict[str, Tensor]:
         everything = {f"model/{k}": v for k, v in trainer.family.state_dict().items()}
         everything |= {f"{name}/{k}": v for name, a in trainer.averages.items() for k, v in a.state_dict().items()}
-        return everything | trainer._optimizer_tensors()
+        return everything | trainer.optimizer_tensors()
 
     ours, theirs = tensors(first), tensors(second)
     _require(ours.keys() == theirs.keys(), f"{sentence}: other tensors")

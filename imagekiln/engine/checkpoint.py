@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from imagekiln.engine.run import disk_faults
 from imagekiln.errors import CheckpointError, DiskError, UsageError
@@ -185,3 +186,37 @@ def _refuse_when_full(folder: Path, parts: Mapping[str, Mapping[str, Tensor]]) -
             f"{folder}: the disk is full. A checkpoint needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free. "
             "Free some space and run the same command again; the last checkpoint is whole."
         )
+
+
+# -- optimizers -------------------------------------------------------------------------------------------------------
+
+Named = Sequence[tuple[str, nn.Parameter]]
+
+
+def optimizer_tensors(key: str, optimizer: Optimizer, parameters: Named) -> dict[str, Tensor]:
+    """An optimizer's state by `key/parameter/entry`: names outlive the order of parameters."""
+    return {
+        f"{key}/{name}/{entry}": torch.as_tensor(value)
+        for name, parameter in parameters
+        for entry, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer(key: str, optimizer: Optimizer, parameters: Named, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` took."""
+    optimizer.state.clear()
+    for name, parameter in parameters:
+        prefix = f"{key}/{name}/"
+        state = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+        if state:
+            optimizer.state[parameter] = {
+                entry: _like(value, parameter) if value.shape == parameter.shape else value
+                for entry, value in state.items()
+            }
+
+
+def _like(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """The tensor on the parameter's device and in its memory layout: optimizer kernels round differently otherwise."""
+    result = torch.empty_like(parameter, dtype=value.dtype)
+    result.copy_(value)
+    return result.detach()

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from imagekiln import optim, signals
+from imagekiln import native, optim, signals
 from imagekiln.config import Recipe
 from imagekiln.core import Family, Phase, Progress, Source, mix
 from imagekiln.data import Loader
@@ -28,7 +28,6 @@ from imagekiln.engine.generate import draw, labels_for, save_weights
 from imagekiln.engine.run import Run
 from imagekiln.engine.validation import Validation
 from imagekiln.errors import CheckpointError, DiskError, Diverged, OutOfMemory
-from imagekiln.nets import kernels
 
 TICK_SEC = 5.0
 FIRST_PREVIEW_SEC = 30.0
@@ -75,7 +74,7 @@ class Trainer:
         self.device = device.choose(self.config.device)
         self.dtype = device.autocast_dtype(self.config.precision, self.device)
         if self.device.type == "cpu":
-            kernels.reuse_freed_memory()
+            native.reuse_freed_memory()
         self.family = device.place(family, self.device)
         self.train_source = train
         self.validation = Validation(held_out, self.config.seed, self.device, self._precision)
@@ -84,7 +83,7 @@ class Trainer:
         self.images_per_step = self.config.batch * self.repeat
         self.total_nimg = self.config.total_nimg
         self.params = {p.optimizer: self._trainable(p) for p in family.phases}
-        self.optimizers = {key: optim.build(recipe.optim[key], self.params[key]) for key in self.params}
+        self.optimizers = {key: optim.build(recipe.optim[key], self.params[key], len(train)) for key in self.params}
         self.followed = self._averaged(self.family)  # the live tensors: collecting them anew costs as much as a layer
         self.averages = {
             average.name: optim.Average(average, self.followed, dict(family.named_buffers()))
@@ -175,8 +174,20 @@ class Trainer:
         factor = self.state.lr_scale * optim.multiplier(self.config.schedule, middle, self.config.warmup_fraction)
         for group in optimizer.param_groups:
             group["lr"] = self.recipe.optim[phase.optimizer].lr * factor
+        self._heat(phase, turn, progress)
         optimizer.step()
         return True
+
+    def _heat(self, phase: Phase, turn: int, progress: Progress) -> None:
+        """The temperature of this moment, and noise that is a function of (seed, attempt, phase, images seen)."""
+        langevin = self.recipe.optim[phase.optimizer].langevin
+        if langevin.temperature:
+            optim.place(
+                self.optimizers[phase.optimizer],
+                step=progress.nimg // self.images_per_step * phase.repeat + turn,
+                factor=optim.schedule(langevin.schedule)(progress.fraction),
+                seed=mix(self.config.seed, self.state.attempt, "langevin", phase.name),
+            )
 
     def _split_batches(self, optimizer: torch.optim.Optimizer, error: BaseException) -> None:
         """Compute every batch in twice as many parts: what is learned from stays the same, memory halves."""
@@ -351,7 +362,7 @@ class Trainer:
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def _checkpoint(self, verify: bool = False) -> None:
-        parts = {"model": dict(self.family.state_dict()), "optimizer": self._optimizer_tensors()}
+        parts = {"model": dict(self.family.state_dict()), "optimizer": self.optimizer_tensors()}
         parts |= {name: average.state_dict() for name, average in self.averages.items()}
         if not all(bool(torch.isfinite(t).all()) for t in parts["model"].values() if t.is_floating_point()):
             self._notice("non-finite", f"Weights were not finite after {self.state.nimg} images; not saved.")
@@ -384,7 +395,8 @@ class Trainer:
         try:
             self.state = State(**found.state)
             self.family.load_state_dict(found.parts["model"])
-            self._load_optimizer_tensors(found.parts["optimizer"])
+            for key, optimizer in self.optimizers.items():
+                checkpoint.load_optimizer(key, optimizer, self.params[key], found.parts["optimizer"])
             for name, average in self.averages.items():
                 average.load_state_dict(found.parts[name])
         except (KeyError, TypeError, RuntimeError) as error:
@@ -396,25 +408,12 @@ class Trainer:
         self.run.forget_after(self.state.nimg)
         return True
 
-    def _optimizer_tensors(self) -> dict[str, Tensor]:
-        tensors = {}
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """The state of all optimizers, as a checkpoint keeps it."""
+        found: dict[str, Tensor] = {}
         for key, optimizer in self.optimizers.items():
-            for name, parameter in self.params[key]:
-                for entry, value in optimizer.state.get(parameter, {}).items():
-                    tensors[f"{key}/{name}/{entry}"] = torch.as_tensor(value)
-        return tensors
-
-    def _load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        for key, optimizer in self.optimizers.items():
-            optimizer.state.clear()
-            for name, parameter in self.params[key]:
-                prefix = f"{key}/{name}/"
-                state = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-                if state:
-                    optimizer.state[parameter] = {
-                        entry: _like(value, parameter) if value.shape == parameter.shape else value
-                        for entry, value in state.items()
-                    }
+            found |= checkpoint.optimizer_tensors(key, optimizer, self.params[key])
+        return found
 
     def _save_weights(self) -> None:
         for name in self.averages:
@@ -487,10 +486,3 @@ class Trainer:
         torch._dynamo.config.suppress_errors = True
         for name in dict.fromkeys(name for phase in self.family.phases for name in phase.trains):
             self.family.get_submodule(name).compile()
-
-
-def _like(value: Tensor, parameter: nn.Parameter) -> Tensor:
-    """The tensor on the parameter's device and in its memory layout: optimizer kernels round differently otherwise."""
-    result = torch.empty_like(parameter, dtype=value.dtype)
-    result.copy_(value)
-    return result.detach()

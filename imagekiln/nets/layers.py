@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imagekiln import native
 from imagekiln.errors import OutOfMemory
 from imagekiln.nets import kernels
 
@@ -99,7 +100,7 @@ def fused_norm_available() -> str:
     reason = _kernel_fault()
     if reason:
         return f"no: {reason}, so group normalisation on the CPU is PyTorch's own, which is slower."
-    threads = "PyTorch's threads" if kernels.parallel().value else "one thread, because PyTorch's OpenMP was not found"
+    threads = "PyTorch's threads" if native.parallel().value else "one thread, because PyTorch's OpenMP was not found"
     return f"yes: the native group normalisation is compiled, checked, and runs on {threads}."
 
 
@@ -186,7 +187,7 @@ def _run(*, x: Tensor, gain: Tensor, mean: Tensor, eps: float, silu: bool, **oth
     library = kernels.library()
     if isinstance(library, str):
         raise RuntimeError(library)  # unreachable through group_norm_silu, which asks _kernel_fault first
-    if library.imagekiln_group_norm_silu(ctypes.byref(job), kernels.parallel(), torch.get_num_threads()):
+    if library.imagekiln_group_norm_silu(ctypes.byref(job), native.parallel(), torch.get_num_threads()):
         raise OutOfMemory(f"Normalising {B} x {C} x {H} x {W} activations ran out of memory. Use a smaller batch.")
 
 

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from imagekiln.optim.adaptive_samplers import PSGLD, SGNHT
+from imagekiln.optim.bank import SampleBank
 from imagekiln.optim.build import build
 from imagekiln.optim.ema import Average
-from imagekiln.optim.langevin import langevin
+from imagekiln.optim.gradient_noise import gradient_noise
+from imagekiln.optim.langevin import describe, langevin, place
 from imagekiln.optim.samplers import BAOAB, SGHMC, SGLD, LeimkuhlerMatthews
 from imagekiln.optim.schedules import multiplier
+from imagekiln.optim.temperature import schedule
 from imagekiln.optim.thermometer import Verdict, verify
 
 __all__ = [
     "BAOAB",
+    "PSGLD",
     "SGHMC",
     "SGLD",
+    "SGNHT",
     "Average",
     "LeimkuhlerMatthews",
+    "SampleBank",
     "Verdict",
     "build",
+    "describe",
+    "gradient_noise",
     "langevin",
     "multiplier",
+    "place",
+    "schedule",
     "verify",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from imagekiln.config import OptimizerConfig
 from imagekiln.errors import RecipeError, did_you_mean
+from imagekiln.optim.langevin import langevin
 
 _ADAMS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 NAMES = (*_ADAMS, "sgd", "rmsprop")
@@ -18,11 +19,14 @@ _FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
 """Where torch has one kernel for a whole step of Adam, AdamW and SGD."""
 
 
-def build(config: OptimizerConfig, named_parameters: Iterable[tuple[str, Tensor]]) -> torch.optim.Optimizer:
+def build(
+    config: OptimizerConfig, named_parameters: Iterable[tuple[str, Tensor]], num_data: int | None = None
+) -> torch.optim.Optimizer:
     """The optimizer of this name over these parameters, with their names kept in its groups.
 
     Parameters of fewer than two dimensions (biases, gains) are not decayed. One fused kernel does a step where torch
     has it for the device; elsewhere torch chooses: grouped kernels on CUDA, a loop on the CPU, where that is faster.
+    With a temperature it is a Langevin diffusion for a set of `num_data` pictures (see `optim.langevin`).
     Raises `RecipeError` for an unknown name and when there is nothing to train.
 
     >>> layer = torch.nn.Linear(2, 2)
@@ -30,7 +34,13 @@ def build(config: OptimizerConfig, named_parameters: Iterable[tuple[str, Tensor]
     >>> [(group["param_names"], group["weight_decay"]) for group in optimizer.param_groups]
     [(['weight'], 0.1), (['bias'], 0.0)]
     """
-    parameters = list(named_parameters)
+    optimizer = _bare(config, list(named_parameters))
+    if config.langevin.temperature:
+        langevin(optimizer, temperature=config.langevin.temperature, num_data=num_data, law=config.langevin.law)
+    return optimizer
+
+
+def _bare(config: OptimizerConfig, parameters: list[tuple[str, Tensor]]) -> torch.optim.Optimizer:
     if not parameters:
         raise RecipeError(f"The optimizer {config.name} was given no parameters: its modules have nothing to train.")
     groups: list[dict[str, Any]] = [

@@ -25,14 +25,16 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from imagekiln.errors import UsageError
-from imagekiln.optim.langevin import Group, State, check_dtype, check_gradient, named, not_negative, to_diffusion
-from imagekiln.optim.noise import normal_like
+from imagekiln.optim.dials import not_negative, to_diffusion
+from imagekiln.optim.kicks import Group, State
+from imagekiln.optim.langevin import check_dtype, check_gradient, named, stream_of
+from imagekiln.optim.noise import Addition, add, check_law, round_randomly
 
-Draw = Callable[[int], Tensor]
-"""Noise of this parameter so many steps from now."""
+Shake = Callable[..., None]
+"""shake(target, scale, ahead=0, weight=None): add scale * weight * noise of this parameter so many steps from now."""
 
 
-class _Sampler(Optimizer, ABC):
+class Sampler(Optimizer, ABC):
     """What the samplers share: checked dials in the groups, and noise by seed, step and parameter."""
 
     def __init__(
@@ -45,10 +47,11 @@ class _Sampler(Optimizer, ABC):
         num_data: int | None = None,
         weight_decay: float = 0.0,
         seed: int = 0,
-        **own: float,
+        **own: Any,
     ) -> None:
         value = to_diffusion(diffusion, temperature, num_data)
-        noise = {"noise_diffusion": value, "noise_seed": int(seed), "noise_step": 0}
+        law = check_law(own.pop("law", "gauss"))
+        noise = {"noise_diffusion": value, "noise_seed": int(seed), "noise_step": 0, "noise_law": law}
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **own, **noise})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -60,7 +63,19 @@ class _Sampler(Optimizer, ABC):
         if not 0 <= group.get("momentum", 0.0) < 1:
             raise UsageError(f"momentum is {group['momentum']}; expected at least 0 and less than 1, the share kept.")
         for parameter in group["params"]:
-            check_dtype(parameter)
+            if parameter.dtype != torch.bfloat16:
+                check_dtype(parameter)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a saved state; the memory of bfloat16 weights stays in float32, which torch would round."""
+        super().load_state_dict(state_dict)
+        places = [place for group in state_dict["param_groups"] for place in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for place, parameter in zip(places, parameters, strict=True):
+            if parameter.dtype == torch.bfloat16 and place in state_dict["state"]:
+                for name, value in state_dict["state"][place].items():
+                    if isinstance(value, Tensor):
+                        self.state[parameter][name] = value.to(parameter.device, copy=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -72,23 +87,41 @@ class _Sampler(Optimizer, ABC):
         for group, parameter, key in named(self):
             check_gradient(parameter)
             if parameter.grad is not None:
-                drift = parameter.grad.add(parameter, alpha=group["weight_decay"])
-                self._move(parameter, drift, group, self.state[parameter], _drawer(parameter, group, key))
+                self._move_one(parameter, parameter.grad, group, key)
         for group in self.param_groups:
             group["noise_step"] += 1
         return loss
 
+    def _move_one(self, parameter: Tensor, gradient: Tensor, group: Group, key: int | str) -> None:
+        stream = stream_of(parameter, group, key)
+
+        def shake(target: Tensor, scale: float, ahead: int = 0, weight: Tensor | None = None) -> None:
+            if group["noise_diffusion"]:
+                add([Addition(target, stream_of(parameter, group, key, ahead), scale, weight)])
+
+        rounded = parameter.dtype == torch.bfloat16
+        theta = parameter.float() if rounded else parameter
+        decay = group["weight_decay"]
+        drift = gradient.float() if rounded else gradient
+        self._move(theta, drift.add(theta, alpha=decay) if decay else drift, group, self.state[parameter], shake)
+        if rounded:
+            parameter.copy_(
+                round_randomly(theta, seed=stream.seed, step=stream.step, tensor=stream.tensor, start=stream.start)
+            )
+
     @abstractmethod
-    def _move(self, theta: Tensor, drift: Tensor, group: Group, state: State, draw: Draw) -> None:
-        """Change one parameter in place. `drift` may be overwritten."""
+    def _move(self, theta: Tensor, drift: Tensor, group: Group, state: State, shake: Shake) -> None:
+        """Change one parameter in place. `drift` may be the gradient itself and is not to be changed."""
 
 
-class SGLD(_Sampler):
+class SGLD(Sampler):
     """Stochastic gradient Langevin dynamics: gradient descent with noise of variance 2 eta D.
 
-    params: as for any torch optimizer, float32 or float64. lr: eta. diffusion, or temperature with num_data, and seed:
-    as for `langevin`; both may be set by group and are saved in `state_dict()`. weight_decay: precision of a normal
-    prior, in units of the mean loss. Raises `UsageError` for wrong numbers and sparse gradients.
+    params: as for any torch optimizer, float32 or float64, or bfloat16, which is computed in float32 and rounded up or
+    down at random, so that steps below a unit in the last place are right on average (`noise.round_randomly`; memory
+    stays in float32). lr: eta. diffusion, or temperature with num_data, seed and law: as for `langevin`; they may be
+    set by group and are saved in `state_dict()`. weight_decay: precision of a normal prior, in units of the mean loss.
+    Raises `UsageError` for wrong numbers and sparse gradients.
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
     >>> sampler = SGLD([weight], lr=0.1, temperature=1.0, num_data=100)
@@ -98,26 +131,25 @@ class SGLD(_Sampler):
     True
     """
 
-    def _move(self, theta: Tensor, drift: Tensor, group: Group, state: State, draw: Draw) -> None:
+    def _move(self, theta: Tensor, drift: Tensor, group: Group, state: State, shake: Shake) -> None:
         theta.sub_(drift, alpha=group["lr"])
-        if group["noise_diffusion"]:
-            theta.add_(draw(0), alpha=(2 * group["lr"] * group["noise_diffusion"]) ** 0.5)
+        shake(theta, (2 * group["lr"] * group["noise_diffusion"]) ** 0.5)
 
 
-class LeimkuhlerMatthews(_Sampler):
+class LeimkuhlerMatthews(Sampler):
     """SGLD with the average of two steps' noise: exact on quadratics at any stable rate, for the same gradients.
 
     Arguments are those of `SGLD`. Leimkuhler and Matthews 2013, "Rational construction of stochastic numerical methods
     for molecular sampling"; the noise of the next step is made ahead, not stored.
     """
 
-    def _move(self, theta: Tensor, drift: Tensor, group: Group, state: State, draw: Draw) -> None:
+    def _move(self, theta: Tensor, drift: Tensor, group: Group, state: State, shake: Shake) -> None:
         theta.sub_(drift, alpha=group["lr"])
-        if group["noise_diffusion"]:
-            theta.add_(draw(0).add_(draw(1)), alpha=(group["lr"] * group["noise_diffusion"] / 2) ** 0.5)
+        for ahead in (0, 1):
+            shake(theta, (group["lr"] * group["noise_diffusion"] / 2) ** 0.5, ahead)
 
 
-class SGHMC(_Sampler):
+class SGHMC(Sampler):
     """Langevin dynamics with momentum, in the units of `torch.optim.SGD`, gradient at the new weights.
 
     momentum: mu in [0, 1), what is kept of the velocity in a step; 1 - mu is the friction. Other arguments are those of
@@ -127,17 +159,16 @@ class SGHMC(_Sampler):
     def __init__(self, params: ParamsT, lr: float, *, momentum: float = 0.9, **dials: Any) -> None:
         super().__init__(params, lr, momentum=momentum, **dials)
 
-    def _move(self, theta: Tensor, drift: Tensor, group: Group, state: State, draw: Draw) -> None:
+    def _move(self, theta: Tensor, drift: Tensor, group: Group, state: State, shake: Shake) -> None:
         lr, mu, diffusion = group["lr"], group["momentum"], group["noise_diffusion"]
         if lr == 0:
             return
-        velocity = _remembered(state, "momentum_buffer", theta).mul_(mu).add_(drift)
-        if diffusion:
-            velocity.add_(draw(0), alpha=(2 * diffusion * (1 - mu) / lr) ** 0.5)
+        velocity = remembered(state, "momentum_buffer", theta).mul_(mu).add_(drift)
+        shake(velocity, (2 * diffusion * (1 - mu) / lr) ** 0.5)
         theta.sub_(velocity, alpha=lr)
 
 
-class BAOAB(_Sampler):
+class BAOAB(Sampler):
     """Langevin dynamics with momentum by splitting: exact on quadratics at any stable rate.
 
     Kick, half a drift, friction with noise, half a drift: the scheme of Leimkuhler and Matthews with the two half kicks
@@ -148,25 +179,18 @@ class BAOAB(_Sampler):
     def __init__(self, params: ParamsT, lr: float, *, momentum: float = 0.9, **dials: Any) -> None:
         super().__init__(params, lr, momentum=momentum, **dials)
 
-    def _move(self, theta: Tensor, drift: Tensor, group: Group, state: State, draw: Draw) -> None:
+    def _move(self, theta: Tensor, drift: Tensor, group: Group, state: State, shake: Shake) -> None:
         mu, diffusion = group["momentum"], group["noise_diffusion"]
         stride = (2 * group["lr"] / (1 + mu)) ** 0.5
-        momentum = _remembered(state, "momentum", theta).sub_(drift, alpha=stride)
+        momentum = remembered(state, "momentum", theta).sub_(drift, alpha=stride)
         theta.add_(momentum, alpha=stride / 2)
         momentum.mul_(mu)
-        if diffusion:
-            momentum.add_(draw(0), alpha=(diffusion * (1 - mu**2)) ** 0.5)
+        shake(momentum, (diffusion * (1 - mu**2)) ** 0.5)
         theta.add_(momentum, alpha=stride / 2)
 
 
-def _drawer(parameter: Tensor, group: Group, key: int | str) -> Draw:
-    def draw(ahead: int) -> Tensor:
-        return normal_like(parameter, seed=group["noise_seed"], step=group["noise_step"] + ahead, tensor=key)
-
-    return draw
-
-
-def _remembered(state: State, name: str, like: Tensor) -> Tensor:
+def remembered(state: State, name: str, like: Tensor) -> Tensor:
+    """A tensor of the sampler's memory, zero at first."""
     if name not in state:
         state[name] = torch.zeros_like(like)
     return state[name]

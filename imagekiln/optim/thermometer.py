@@ -25,7 +25,7 @@ from torch.nn import Parameter
 from torch.optim import Adam, Optimizer, RMSprop
 
 from imagekiln.errors import UsageError
-from imagekiln.optim.langevin import Group, kick_of, memory
+from imagekiln.optim.kicks import Group, kick_of, memory
 from imagekiln.optim.noise import normal
 from imagekiln.optim.samplers import BAOAB, SGHMC
 
@@ -239,7 +239,7 @@ def _kinetic_energy(optimizer: Optimizer, group: Group, parameter: Tensor) -> Te
     if kick is None:
         return None
     mu = memory(group)
-    return kick.target.square() * ((1 - mu**2) / mu**2) / kick.variance
+    return kick.target.square() * ((1 - mu**2) / mu**2) / kick.shape
 
 
 def _reading(values: Tensor) -> Reading:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imagekiln import native as machinery
 from imagekiln.nets import kernels, layers
 from imagekiln.nets.layers import group_norm_silu
 
@@ -216,7 +217,7 @@ def test_a_broken_compiler_is_quoted(fresh_kernels, monkeypatch, tmp_path):
 
 @native
 def test_a_cache_that_is_damaged_or_cannot_be_written_is_survived(fresh_kernels, monkeypatch, tmp_path):
-    monkeypatch.setattr(kernels, "_FLAGS", ("-O0", "-fopenmp-simd", "-fPIC", "-shared"))
+    monkeypatch.setattr(machinery, "_FLAGS", ("-O0", "-fopenmp-simd", "-fPIC", "-shared"))
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("IMAGEKILN_CACHE", str(blocked))
