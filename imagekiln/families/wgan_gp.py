@@ -37,7 +37,7 @@ class WganGp(Family):
         "critic": {"name": "adam", "lr": 2e-4, "betas": (0.0, 0.9)},
         "generator": {"name": "adam", "lr": 2e-4, "betas": (0.0, 0.9)},
     }
-    train_defaults = {"schedule": "linear", "warmup_fraction": 0.0, "clip_norm": 0.0}
+    train_defaults = {"schedule": "linear", "warmup_fraction": 0.0, "clip_norm": 0.0, "compile": "off"}
     averaged = ("generator",)
 
     def __init__(self, config: WganGpConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:

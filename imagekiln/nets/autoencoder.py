@@ -1,10 +1,12 @@
-"""Variational autoencoder networks: residual convolutional encoder and decoder around one latent vector.
+"""Autoencoder networks: residual convolutions around one latent vector (VAE) or around a grid of vectors (VQ-VAE).
 
-After Kingma and Welling (2014), with the layers of later autoencoders: group normalisation and SiLU, one residual block
-a resolution, strided convolutions down and nearest-neighbour upsampling with convolutions up (Odena et al. 2016: no
-checkerboard). Any height and width will do: sides are halved, rounding up, until none is longer than 4.
+The first after Kingma and Welling (2014), with the layers of later autoencoders: group normalisation and SiLU, one
+residual block a resolution, strided convolutions down and nearest-neighbour upsampling with convolutions up (Odena et
+al. 2016: no checkerboard). Any height and width will do: sides are halved, rounding up, until none is longer than 4.
+The second are those of van den Oord et al. (2017, section 4.1): strided 4x4 convolutions and residual blocks with ReLU,
+no norm; at a width of 128, 3 channels and codes of 64 the encoder has 372,416 parameters, the decoder 290,307.
 
-Shapes: B pictures, Z latent dimensions, C channels, H rows, W columns.
+Shapes: B pictures, Z latent dimensions, D dimensions of a code, C channels, H rows, W columns.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import math
 from itertools import pairwise
 
 from torch import Tensor, cat, nn
+from torch.nn.functional import relu
 
+from imagekiln.errors import RecipeError
 from imagekiln.nets.labels import LabelEmbedding
 from imagekiln.nets.layers import group_norm_silu, upsample_nearest
 
@@ -104,6 +108,92 @@ class VaeDecoder(nn.Module):
         for block, up, size in zip(self.blocks, self.ups, self.sizes, strict=True):
             x_BCHW = up(upsample_nearest(block(x_BCHW), size))
         return self.head(group_norm_silu(x_BCHW, self.norm)).tanh()
+
+
+class GridEncoder(nn.Module):
+    """From pictures to a grid of vectors, 2^halvings times coarser.
+
+    image_shape: (C, H, W). width: channels of the grid before the last layer. code_dim: dimensions D of a vector.
+    Raises `RecipeError` for pictures that cannot be halved so often.
+
+    >>> import torch
+    >>> GridEncoder((1, 28, 28), width=32, code_dim=8)(torch.zeros(2, 1, 28, 28)).shape
+    torch.Size([2, 8, 7, 7])
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], width: int, code_dim: int, halvings: int = 2) -> None:
+        super().__init__()
+        grid_shape(image_shape, halvings)
+        channels = [image_shape[0], *_grid_channels(width, halvings)]
+        self.downs = nn.ModuleList(nn.Conv2d(before, after, 4, 2, 1) for before, after in pairwise(channels))
+        self.middle = nn.Conv2d(width, width, 3, padding=1)
+        self.blocks = nn.Sequential(_Relu2(width), _Relu2(width))
+        self.head = nn.Conv2d(width, code_dim, 1)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """z_BDHW. images_BCHW in [-1, 1]."""
+        x_BCHW = images_BCHW
+        for down in self.downs:
+            x_BCHW = relu(down(x_BCHW))
+        return self.head(relu(self.blocks(self.middle(x_BCHW))))
+
+
+class GridDecoder(nn.Module):
+    """From a grid of vectors to pictures: `GridEncoder` in reverse, with the same arguments.
+
+    >>> import torch
+    >>> GridDecoder((1, 28, 28), width=32, code_dim=8)(torch.zeros(2, 8, 7, 7)).shape
+    torch.Size([2, 1, 28, 28])
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], width: int, code_dim: int, halvings: int = 2) -> None:
+        super().__init__()
+        channels = [*_grid_channels(width, halvings)[::-1], image_shape[0]]
+        self.stem = nn.Conv2d(code_dim, width, 3, padding=1)
+        self.blocks = nn.Sequential(_Relu2(width), _Relu2(width))
+        self.ups = nn.ModuleList(nn.ConvTranspose2d(before, after, 4, 2, 1) for before, after in pairwise(channels))
+
+    def forward(self, z_BDHW: Tensor) -> Tensor:
+        """images_BCHW, about in [-1, 1] but not bounded."""
+        x_BCHW = self.blocks(self.stem(z_BDHW))
+        for up in self.ups:
+            x_BCHW = up(relu(x_BCHW))
+        return x_BCHW
+
+
+def grid_shape(image_shape: tuple[int, int, int], halvings: int) -> tuple[int, int]:
+    """Rows and columns of the grid; `RecipeError` where a side is not a multiple of 2^halvings.
+
+    >>> grid_shape((3, 64, 32), 2)
+    (16, 8)
+    """
+    _, height, width = image_shape
+    factor = 2**halvings
+    if height % factor or width % factor:
+        near = sorted({max(factor, side // factor * factor) for side in (height, width)})
+        raise RecipeError(
+            f"Pictures of {height} x {width} pixels cannot be halved {halvings} times: both sides must be multiples of "
+            f"{factor}. Set data.size, for example to {near[-1]}, or lower family.halvings."
+        )
+    return height // factor, width // factor
+
+
+def _grid_channels(width: int, halvings: int) -> list[int]:
+    """Channels after every halving: half of them after the first, where the maps are largest."""
+    return [width // 2 if level == 0 and halvings > 1 else width for level in range(halvings)]
+
+
+class _Relu2(nn.Module):
+    """x + conv1x1(relu(conv3x3(relu(x)))), a quarter of the width inside."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        inner = max(1, channels // 4)
+        self.conv1 = nn.Conv2d(channels, inner, 3, padding=1)
+        self.conv2 = nn.Conv2d(inner, channels, 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return x_BCHW + self.conv2(relu(self.conv1(relu(x_BCHW))))
 
 
 class _Residual(nn.Module):

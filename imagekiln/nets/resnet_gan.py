@@ -116,8 +116,8 @@ class Generator(nn.Module):
 
     def __init__(self, z_dim: int, image_shape: tuple[int, int, int], width: int, num_classes: int = 0) -> None:
         super().__init__()
-        count, self.base = _doublings(image_shape)
-        channels = [_channels(image_shape, width, level) for level in reversed(range(count + 1))]
+        count, self.base = doublings(image_shape)
+        channels = [block_channels(image_shape, width, level) for level in reversed(range(count + 1))]
         self.project = nn.Linear(z_dim, channels[0] * self.base[0] * self.base[1])
         self.blocks = nn.ModuleList(Grow(before, after, num_classes) for before, after in pairwise(channels))
         self.last_norm = nn.BatchNorm2d(channels[-1])
@@ -157,7 +157,7 @@ class Discriminator(nn.Module):
     ) -> None:
         super().__init__()
         self.pool = pool
-        plan = _critic_plan(image_shape, width)
+        plan = critic_plan(image_shape, width)
         self.blocks = nn.Sequential(
             *(
                 Shrink(before, after, halve=halve, spectral=spectral, first=index == 0)
@@ -186,7 +186,7 @@ class Discriminator(nn.Module):
         return logits_B
 
 
-def _doublings(image_shape: tuple[int, int, int]) -> tuple[int, tuple[int, int]]:
+def doublings(image_shape: tuple[int, int, int]) -> tuple[int, tuple[int, int]]:
     try:
         return halvings(image_shape)
     except RecipeError:
@@ -197,15 +197,15 @@ def _doublings(image_shape: tuple[int, int, int]) -> tuple[int, tuple[int, int]]
         ) from None
 
 
-def _channels(image_shape: tuple[int, int, int], width: int, level: int) -> int:
+def block_channels(image_shape: tuple[int, int, int], width: int, level: int) -> int:
     """Channels of a map that is the picture halved `level` times."""
     flat = max(image_shape[1:]) <= LARGEST_FLAT
     return width if flat else width * min(WIDEST, 2**level)
 
 
-def _critic_plan(image_shape: tuple[int, int, int], width: int) -> list[tuple[int, int, bool]]:
+def critic_plan(image_shape: tuple[int, int, int], width: int) -> list[tuple[int, int, bool]]:
     """Channels before and after every block, and whether it halves."""
-    count, _ = _doublings(image_shape)
+    count, _ = doublings(image_shape)
     if max(image_shape[1:]) <= LARGEST_FLAT:
         halves = [level < min(2, count) for level in range(FLAT_BLOCKS)]
     else:
@@ -213,7 +213,7 @@ def _critic_plan(image_shape: tuple[int, int, int], width: int) -> list[tuple[in
         while side >= SMALLEST_HALVED:
             side, halves = side // 2, [*halves, True]
         halves.append(False)
-    channels = [image_shape[0], *(_channels(image_shape, width, level) for level in range(len(halves)))]
+    channels = [image_shape[0], *(block_channels(image_shape, width, level) for level in range(len(halves)))]
     return [(before, after, halve) for (before, after), halve in zip(pairwise(channels), halves, strict=True)]
 
 
