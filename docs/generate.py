@@ -18,6 +18,7 @@ from imagekiln.config import (
     AverageConfig,
     DataConfig,
     EvalConfig,
+    LangevinConfig,
     OptimizerConfig,
     Section,
     TrainConfig,
@@ -174,6 +175,7 @@ def settings() -> str:
         ("train.averages", AverageConfig),
         ("eval", EvalConfig),
         ("optim.MODULES", OptimizerConfig),
+        ("optim.MODULES.langevin", LangevinConfig),
     ]
     parts = [_settings_of(f"`[{name}]`", model) for name, model in sections]
     for name in registry.names():

@@ -9,7 +9,7 @@ import traceback
 import typer
 
 from imagekiln import __version__, signals
-from imagekiln.cli import compare, demo, doctor, evaluate, export, generate, listing, prepare, recipe, train
+from imagekiln.cli import compare, demo, doctor, evaluate, export, generate, listing, monitor, prepare, recipe, train
 from imagekiln.cli.output import UNKNOWN_ERROR_EXIT, debug_wanted, say
 from imagekiln.errors import ImagekilnError
 
@@ -30,6 +30,7 @@ for verb in (
     generate.generate,
     evaluate.evaluate,
     compare.compare,
+    monitor.monitor,
     export.export,
     doctor.doctor,
 ):

@@ -206,6 +206,14 @@ class Run:
         """Everything that was noticed."""
         return _read_rows(self.path / "doctor.jsonl")
 
+    def append_check(self, row: Mapping[str, Any]) -> None:
+        """One answer of `monitor`."""
+        self._append("monitor.jsonl", row)
+
+    def checks(self) -> list[dict[str, Any]]:
+        """All answers of `monitor`."""
+        return _read_rows(self.path / "monitor.jsonl")
+
     def append_log(self, text: str) -> None:
         """A traceback, for a report of a bug."""
         with disk_faults(self.log_path), self.log_path.open("a", encoding="utf-8") as file:
@@ -234,6 +242,11 @@ class Run:
     def report_path(self) -> Path:
         """The self-contained report."""
         return self.path / "report.html"
+
+    @property
+    def release_path(self) -> Path:
+        """Pictures of fixed seeds on the day of release."""
+        return self.path / "release.safetensors"
 
     @property
     def events_folder(self) -> Path:

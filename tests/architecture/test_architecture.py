@@ -176,6 +176,8 @@ RUN_FILES = {
     "stats.jsonl",
     "metrics.jsonl",
     "doctor.jsonl",
+    "monitor.jsonl",
+    "release.safetensors",
     "log.txt",
     ".lock",
 }

@@ -210,3 +210,31 @@ def test_weights_that_are_not_numbers_are_not_saved(tmp_path: Path) -> None:
         made.family.net.weight[0, 0] = float("nan")
     made.time_event("checkpoint")
     assert not list(made.run.checkpoints.iterdir()) and made.run.events()[-1]["kind"] == "non-finite"
+
+
+def hot(folder: Path, temperature: float, schedule: str = "constant", name: str = "sgd", total_kimg: float = 0.16):
+    made = trainer(folder, total_kimg=total_kimg)
+    warm = {"temperature": temperature, "schedule": schedule}
+    optim = {"net": {"name": name, "lr": 0.01, "momentum": 0.5 if name == "sgd" else 0.0, "langevin": warm}}
+    recipe = Recipe.model_validate({**made.recipe.model_dump(), "optim": optim})
+    return Trainer(recipe, Linear(), Toy(), Toy(), made.run, Silent())
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "rmsprop"])
+def test_a_hot_run_is_continued_bit_for_bit(tmp_path: Path, name: str) -> None:
+    whole = steps(hot(tmp_path, 5.0, "cosine", name), 8)
+    first = steps(hot(tmp_path, 5.0, "cosine", name), 4)
+    first.time_event("checkpoint")
+    second = Trainer(first.recipe, Linear(), Toy(), Toy(), first.run, Silent())
+    assert second.restore() and second.state.nimg == 32
+    assert torch.equal(weights(steps(second, 4)), weights(whole))
+    assert not torch.equal(weights(steps(hot(tmp_path, 0.0, "constant", name), 8)), weights(whole))
+
+
+def test_the_heat_follows_its_schedule(tmp_path: Path) -> None:
+    cold = steps(hot(tmp_path, 0.0, total_kimg=0.08), 10)
+    falling, constant = (hot(tmp_path, 50.0, schedule, total_kimg=0.08) for schedule in ("linear", "constant"))
+    far = [float((weights(steps(made, 10)) - weights(cold)).norm()) for made in (falling, constant)]
+    assert 0.2 * far[1] < far[0] < 0.9 * far[1]
+    group = falling.optimizers["net"].param_groups[0]
+    assert group["noise_diffusion"] == 50.0 / len(Toy()) and group["noise_factor"] == pytest.approx(0.1, abs=1e-6)
