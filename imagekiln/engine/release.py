@@ -51,7 +51,7 @@ def check(run: Run, model: Model, release: bool, say: Say) -> dict[str, Any] | N
     seeds = [mix("release", index) for index in range(RELEASE_PICTURES)]
     labels = [index % max(1, model.family.num_classes) for index in range(RELEASE_PICTURES)]
     with model.precision():
-        images = draw(model.family, seeds, labels, options_for(model.family, {}), RELEASE_PICTURES)
+        images = draw(model.family, seeds, labels, options_for(model.family, {}), RELEASE_PICTURES).contiguous()
     about = {
         "sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest(),
         "weights_hash": hash_of(model.weights),
