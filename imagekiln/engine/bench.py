@@ -39,6 +39,7 @@ from imagekiln.metrics import (
     memorization,
     metrics_named,
     nearest,
+    precision_recall_curve,
     weights_hash,
     wilson,
 )
@@ -49,6 +50,9 @@ LARGEST_BANK = 20_000
 """Training pictures searched for copies; a set with more is sampled."""
 
 FEWEST_OF_A_CLASS = 20
+
+CURVE_PICTURES = 2000
+"""Pictures on each side of a precision-recall curve: it is for looking at."""
 
 
 class Space(NamedTuple):
@@ -163,6 +167,7 @@ class Bench:
         real = self._of_source(real_source, real_rows, space)
         provenance = self.provenance(space.name)
         rows = measure(generated, reference, real, provenance, self.metrics, seed=self.seed)
+        rows = [_with_curve(row, generated, reference, real) if row.metric == "precision" else row for row in rows]
         if self.thorough:
             rows += self._extrapolated(generated, reference, real, provenance)
             rows += self._within_classes(generated, reference, reference_rows, labels, provenance)
@@ -390,6 +395,15 @@ class Bench:
             features = extractors.cached_features(space.network, batches, key, folder, self.say)
             self._statistics[f"{space.name}:{key}"] = Statistics.of(features, "real")
         return self._statistics[f"{space.name}:{key}"]
+
+
+def _with_curve(row: Measurement, generated: Statistics, reference: Statistics, real: Statistics) -> Measurement:
+    """The row with (k, precision, recall) for balls of several sizes, also of real pictures, for the report."""
+    count = min(CURVE_PICTURES, generated.n, reference.n, real.n)
+    own, other, fresh = (side.subset(torch.arange(count)) for side in (generated, reference, real))
+    curves = {"curve": precision_recall_curve(own, other), "curve_real": precision_recall_curve(fresh, other)}
+    plain = {name: [list(point) for point in points] for name, points in curves.items()}
+    return dataclasses.replace(row, details={**row.details, **plain})
 
 
 def _rows(total: int, count: int, seed: int) -> list[int]:

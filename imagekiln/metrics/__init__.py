@@ -29,6 +29,7 @@ from imagekiln.metrics.manifold import (
     Recall,
     expected_coverage,
     manifold_scores,
+    precision_recall_curve,
 )
 from imagekiln.metrics.memorization import (
     Authenticity,
@@ -116,6 +117,7 @@ __all__ = [
     "metrics_named",
     "nearest",
     "path_length",
+    "precision_recall_curve",
     "pyramid_distance",
     "remarks",
     "search",

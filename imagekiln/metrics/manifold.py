@@ -17,6 +17,7 @@ Shapes: G generated and R real pictures, D features, K neighbours, S cuts in hal
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -29,6 +30,9 @@ from imagekiln.metrics.interval import Halves
 from imagekiln.metrics.statistics import Statistics, require_pair
 
 NEIGHBOURS = 5
+
+CURVE_NEIGHBOURS = (1, 2, 3, 5, 8, 13, 21, 34)
+"""Sizes of the balls along a curve."""
 
 
 class ManifoldScores(NamedTuple):
@@ -53,6 +57,33 @@ def manifold_scores(generated: Statistics, reference: Statistics, k: int = NEIGH
         raise UsageError(f"The nearest-neighbour metrics got k={k}; they need at least 1.")
     require_pair(generated, reference, k + 1, f"a comparison of {k} nearest neighbours")
     return _scores(generated, reference, k, generated.n, reference.n)
+
+
+def precision_recall_curve(
+    generated: Statistics, reference: Statistics, ks: Sequence[int] = CURVE_NEIGHBOURS
+) -> list[tuple[int, float, float]]:
+    """(k, precision, recall) for balls of several sizes; those that need more pictures than there are are left out.
+
+    A model that is better at one k and worse at another has not been shown to be better.
+
+    >>> rows = torch.arange(8.0)[:, None]
+    >>> precision_recall_curve(Statistics.of(rows + 2.1), Statistics.of(rows), ks=(1, 99))
+    [(1, 0.75, 0.75)]
+    """
+    ks = [k for k in ks if k < min(generated.n, reference.n)]
+    if not ks:
+        return []
+    real, fake = Bank(reference.features), Bank(generated.features)
+    real_radius2_RK, fake_radius2_GK = (bank.neighbours(max(ks))[0] for bank in (real, fake))
+    curve = []
+    for k in ks:
+        inside, recalled_R = 0, torch.zeros(reference.n, dtype=torch.bool)
+        radii = real_radius2_RK[:, k - 1], fake_radius2_GK[:, k - 1]
+        for _, in_real_BR, in_fake_BR in real.within(generated.features, *radii):
+            inside += int(in_real_BR.any(1).sum())
+            recalled_R |= in_fake_BR.any(0)
+        curve.append((k, inside / generated.n, int(recalled_R.sum()) / reference.n))
+    return curve
 
 
 def expected_coverage(num_generated: int, num_reference: int, k: int = NEIGHBOURS) -> float:

@@ -1,18 +1,13 @@
-"""Curves of a run: its rows of numbers as small line charts, each an SVG image inside a data URI.
-
-A chart holds lines and numerals only. Titles and legends are the page's own text, so names that come from a run are
-escaped and set in a font that has their letters. Ink and grid follow the reader's light or dark setting.
-"""
+"""Curves of a run: its rows of numbers over images seen, as small line charts."""
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from imagekiln.report.drawing import COLOURS, Chart, Line, drawn
 
 MOST_POINTS = 200
 """Points of a line: a longer run is averaged over neighbours."""
@@ -22,36 +17,6 @@ FEWEST_POINTS = 3
 
 LOG_RANGE = 30.0
 """A log scale helps when the largest value is this many times the smallest."""
-
-ROUND_STEPS = (1, 2, 2.5, 5, 10)
-COLOURS = ("#3b7dd8", "#d9772b", "#2f9e77", "#9a63d3", "#c94f6d", "#8a8d3a")
-INK, GRID = "#010203", "#040506"  # placeholders: matplotlib writes plain colours, the page wants two sets of them
-STYLE = (
-    "<style>:root{--ink:#5b6470;--grid:#d8dbe0}"
-    "@media(prefers-color-scheme:dark){:root{--ink:#a3acb8;--grid:#3a404a}}"
-    "text{font-family:system-ui,sans-serif}</style>"
-)
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line: (images seen, value) in the order of images seen."""
-
-    name: str
-    points: tuple[tuple[int, float], ...]
-    colour: str
-    dashed: bool = False
-
-
-@dataclass(frozen=True)
-class Chart:
-    """Lines that share an axis, drawn. `source` is a data URI; `summary` says in words what a reader would see."""
-
-    title: str
-    meaning: str
-    lines: tuple[Line, ...]
-    source: str
-    summary: str
 
 
 def charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
@@ -77,7 +42,7 @@ def charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
         ("Gradient norm", "How strongly each step pulls at the weights; spikes are rough moments.", pulls, "log"),
     ]
     return [
-        _chart(title, meaning, lines, end_nimg, scale)
+        over_images(title, meaning, lines, end_nimg, scale)
         for title, meaning, lines, scale in plans
         if any(len(line.points) >= FEWEST_POINTS for line in lines)
     ]
@@ -146,71 +111,13 @@ def _points(rows: Iterable[Mapping[str, Any]], key: str) -> tuple[tuple[int, flo
     return tuple((chunk[-1][0], sum(value for _, value in chunk) / len(chunk)) for chunk in chunks)
 
 
-def _chart(title: str, meaning: str, lines: Sequence[Line], end_nimg: int, scale: str) -> Chart:
+def over_images(title: str, meaning: str, lines: Sequence[Line], end_nimg: float, scale: str) -> Chart:
+    """A chart of lines over images seen. scale: as of `drawn`; "log" becomes linear where it would not help."""
     lines = tuple(line for line in lines if line.points)
     values = [value for line in lines for _, value in line.points]
     if scale == "log" and not (min(values) > 0 and max(values) / min(values) > LOG_RANGE):
         scale = "linear"
     ends = "; ".join(f"{line.name} from {line.points[0][1]:.4g} to {line.points[-1][1]:.4g}" for line in lines)
-    return Chart(title, meaning, lines, _data_uri(_svg(lines, end_nimg, scale)), f"{title}: {ends}.")
-
-
-def _data_uri(svg: str) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
-
-
-def _svg(lines: Sequence[Line], end_nimg: int, scale: str) -> str:
-    """The lines over thousands of images, from the start of the run to its end.
-
-    scale: "log", "linear", or "zero", which is linear from 0.
-    """
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "report",
-        "font.size": 10,
-        "text.parse_math": False,
-    }
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(4.8, 2.5), layout="constrained")
-        axes = figure.subplots()
-        for line in lines:
-            x, y = zip(*((nimg / 1000, value) for nimg, value in line.points), strict=True)
-            marker = "o" if len(x) == 1 else None
-            axes.plot(x, y, color=line.colour, linestyle="--" if line.dashed else "-", marker=marker, linewidth=1.8)
-        axes.set_xlim(0, max(1, end_nimg) / 1000 * 1.02)
-        _axes(axes, scale)
-        buffer = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)
-    svg = buffer.getvalue().replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    return re.sub(r"(<svg [^>]*>)", lambda found: found[1] + STYLE, svg[svg.index("<svg ") :], count=1)
-
-
-def _axes(axes: Any, scale: str) -> None:
-    """Ticks that read as plain numbers, a quiet grid, no box."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-
-    if scale == "log":
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=8))
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND_STEPS))
-    if scale == "zero":
-        axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=ROUND_STEPS))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:.6g}"))
-    axes.set_xlabel("thousands of images seen", color=INK)
-    axes.tick_params(colors=INK, length=0)
-    axes.grid(color=GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.patch.set_visible(False)
-    axes.figure.patch.set_visible(False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    thousands = [line.scaled(1 / 1000) for line in lines]
+    source = drawn(thousands, "thousands of images seen", (0, max(1, end_nimg) / 1000 * 1.02), scale)
+    return Chart(title, meaning, lines, source, f"{title}: {ends}.")

@@ -27,10 +27,42 @@ MEANINGS = {
         "How many real pictures each drawn one has around it; 1 is what real pictures have, more is safe but bland.",
     ),
     "coverage": ("Kinds reached", "Share of real pictures with a drawn one close by; low means kinds are missing."),
+    "vendi": (
+        "Variety, beside real pictures",
+        "How many different pictures there effectively are, divided by the same for real ones; 1 is as varied.",
+    ),
+    "gaussian_kernel": ("Distance, third opinion", "Like the second, with another measure of what is alike; near 0."),
+    "sliced": ("Distance, direction by direction", "Compares both sets along many directions one by one; 0 is equal."),
+    "frechet_infinity": (
+        "Distance, freed from chance",
+        "What the first distance would be with endless pictures, so that small samples do not make it look worse.",
+    ),
+    "intra_class_frechet": (
+        "Distance within classes",
+        "The first distance for every class by itself, then their mean; it sees one class standing for all.",
+    ),
+    "inception_score": ("Inception score", "Clear and varied classes score high; it looks at no real picture at all."),
+    "spectrum": (
+        "Coarse and fine",
+        "How far the mix of coarse and fine detail is from that of real pictures, in decibels; shows blur and grids.",
+    ),
     "copy_ratio": (
         "Own ideas or copies",
         "How far drawn pictures keep from the training pictures, beside how far new real ones do; "
         "about 1 is right, well below 1 means copying.",
+    ),
+    "authenticity": (
+        "Own pictures",
+        "Share of drawn pictures further from their nearest training picture than that one is from its own neighbours; "
+        "read it beside what new real pictures give.",
+    ),
+    "copies_per_thousand": (
+        "Copies in a thousand",
+        "Drawn pictures nearer to a training picture than 99 % of new real ones are, less the ten expected by chance.",
+    ),
+    "copy_test": (
+        "Test for copying",
+        "Around 0 is right; below -3 the drawn pictures lie too close to training pictures, far above 3 too far away.",
     ),
     "label_accuracy": (
         "Draws what is asked for",
@@ -40,12 +72,22 @@ MEANINGS = {
     "rmse": ("Root mean squared error", "Typical difference of a pixel, on the same scale; large ones weigh more."),
     "mae": ("Mean absolute error", "Average difference of a pixel, on a scale from -1 (black) to 1 (white)."),
     "psnr": ("Signal to noise", "The squared error in decibels: 20 is rough, 30 is good, 40 is hard to tell apart."),
+    "ssim": ("Structure kept", "Likeness of structure, brightness and contrast in small windows: 1 is the same."),
+    "ms_ssim": ("Structure kept, coarse to fine", "The same at several sizes of window: 1 is the same."),
     "r2": ("Explained", "Share of what makes pictures differ that is given back: 1 is all, 0 no more than their mean."),
 }
-BEST = {"copy_ratio": "about 1 is best", "density": "about 1 is best", "kernel": "near 0 is best"}
+BEST = {
+    "copy_ratio": "about 1 is best",
+    "density": "about 1 is best",
+    "kernel": "near 0 is best",
+    "gaussian_kernel": "near 0 is best",
+    "copy_test": "about 0 is best",
+    "vendi": "about 1 is best",
+    "authenticity": "as real ones is best",
+}
 """Where neither "lower" nor "higher is better" is true all the way."""
 
-PIXEL_ERRORS = ("mse", "rmse", "mae", "psnr", "r2")
+PIXEL_ERRORS = ("mse", "rmse", "mae", "psnr", "r2", "ssim", "ms_ssim")
 
 
 @dataclass(frozen=True)

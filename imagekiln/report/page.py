@@ -30,6 +30,7 @@ from imagekiln.errors import UsageError
 from imagekiln.report.curves import charts
 from imagekiln.report.measured import tables
 from imagekiln.report.pictures import Picture, embed
+from imagekiln.report.plots import bars, plots
 
 MOST_PREVIEWS = 60
 """Thumbnails of the timeline: of a longer one every k-th is shown, the first and the last always."""
@@ -89,7 +90,7 @@ def _gather(run: Run) -> dict[str, Any]:
     data = str(_section(recipe, "data").get("path", ""))
     clean = _cleaner({str(run.path.resolve()): name, str(run.path.absolute()): name, data: last_component(data)})
     classes = _class_names(run)
-    samples = run.samples()
+    samples, measurements = run.samples(), _mappings(run.measurements())
     drawn = _sheet(samples[-1][1], f"Drawn by the model, {moment(samples[-1][0])}", classes) if samples else None
     real = _sheet(run.picture_path("real"), "Real pictures it learned from", classes)
     neighbours = _sheet(run.picture_path("neighbours"), "Drawn pictures, each above its nearest training picture", ())
@@ -103,7 +104,9 @@ def _gather(run: Run) -> dict[str, Any]:
         "charts": charts(stats),
         "timeline": _timeline(samples),
         "num_previews": len(samples),
-        "tables": tables(_mappings(run.measurements())),
+        "tables": tables(measurements),
+        "plots": plots(measurements),
+        "bars": bars(measurements),
         "neighbours": neighbours,
         "events": [
             {"when": moment(row["nimg"]) if isinstance(row.get("nimg"), int) else "", "what": clean(row["sentence"])}

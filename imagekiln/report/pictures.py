@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
+
+from imagekiln.report.drawing import data_uri
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ def embed(path: Path, shows: str, width: int, most_bytes: int) -> Picture | None
         data = path.read_bytes()
         with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
             if len(data) <= most_bytes:
-                return Picture(_data_uri("png", data), picture.width, picture.height, shows)
+                return Picture(data_uri("png", data), picture.width, picture.height, shows)
             share = min(1.0, width / picture.width)
             size = (max(1, round(picture.width * share)), max(1, round(picture.height * share)))
             small = picture.convert("RGBA" if picture.mode in ("RGBA", "LA") else "RGB").resize(size)
@@ -37,8 +38,4 @@ def embed(path: Path, shows: str, width: int, most_bytes: int) -> Picture | None
         return None
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", quality=85)
-    return Picture(_data_uri("webp", buffer.getvalue()), *size, shows)
-
-
-def _data_uri(kind: str, data: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return Picture(data_uri("webp", buffer.getvalue()), *size, shows)

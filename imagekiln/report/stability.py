@@ -6,7 +6,6 @@ Names of runs are escaped by the template; charts hold lines and numerals only.
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from imagekiln.engine.run import write_whole
-from imagekiln.report.curves import COLOURS, LOG_RANGE, STYLE, Chart, Line, _chart
+from imagekiln.report.curves import LOG_RANGE, over_images
+from imagekiln.report.drawing import COLOURS, STYLE, Chart, Line, data_uri
 from imagekiln.report.measured import BEST, MEANINGS
 from imagekiln.report.page import moment
-from imagekiln.report.pictures import Picture, _data_uri
+from imagekiln.report.pictures import Picture
 
 if TYPE_CHECKING:
     from imagekiln.engine.stability import Sheet, Stability
@@ -214,7 +214,7 @@ def _bar(one: Estimate, scale: Any, colour: str) -> str:
     )
     parts.append(f'<circle cx="{x(one.value)}" cy="{middle}" r="5" fill="{colour}"/>')
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{STYLE}{"".join(parts)}</svg>'
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+    return data_uri("svg+xml", svg.encode())
 
 
 # -- over time and over ways of drawing -------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def _drift(found: Stability) -> Chart | None:
     meaning = (
         "How much the same pictures change from one look to the next; 1 is as much as two unrelated pictures differ."
     )
-    return _chart("Change of the pictures", meaning, lines, end_nimg, "zero")
+    return over_images("Change of the pictures", meaning, lines, end_nimg, "zero")
 
 
 def _sampling(found: Stability) -> list[dict[str, Any]]:
@@ -252,7 +252,7 @@ def _sampling(found: Stability) -> list[dict[str, Any]]:
 
 def _picture(sheet: Sheet) -> Picture:
     shows = moment(int(sheet.shows)) if sheet.shows.isdecimal() else sheet.shows
-    return Picture(_data_uri("png", sheet.png), *sheet.size, shows)
+    return Picture(data_uri("png", sheet.png), *sheet.size, shows)
 
 
 def _text(value: float | None) -> str:

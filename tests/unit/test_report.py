@@ -23,8 +23,8 @@ from imagekiln.engine import pictures, registry
 from imagekiln.engine.generate import labels_for
 from imagekiln.engine.run import Run
 from imagekiln.errors import UsageError
-from imagekiln.metrics import DEFAULT, Measurement, Provenance, Regression
-from imagekiln.report import curves, measured, page
+from imagekiln.metrics import BUNDLES, Measurement, Provenance, Regression
+from imagekiln.report import curves, measured, page, plots
 
 ATTACK = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
 FAMILY = registry.names()[0]
@@ -282,9 +282,8 @@ def test_a_run_that_did_not_finish_says_so(tmp_path, state, said):
 
 def test_every_metric_has_a_meaning():
     scores = Regression().update(*(np_to_tensor(x) for x in (0.0, 1.0))).scores()
-    known = {metric.name for metric in DEFAULT} | set(scores) | {"copy_ratio", "label_accuracy"}
-    assert known == set(measured.MEANINGS)
-    assert set(scores) == set(measured.PIXEL_ERRORS)
+    assert {metric.name for metric in BUNDLES["all"]} | set(scores) <= set(measured.MEANINGS)
+    assert set(scores) <= set(measured.PIXEL_ERRORS) <= set(measured.MEANINGS)
 
 
 def np_to_tensor(value: float):
@@ -329,6 +328,53 @@ def test_charts_of_few_points_are_left_out():
     rows = [{"nimg": i, "a/loss": 1.0, "lr": 0.1} for i in range(curves.FEWEST_POINTS)]
     assert [chart.title for chart in curves.charts(rows)] == ["Loss", "Learning rate"]
     assert curves.charts(rows[1:]) == []
+
+
+# -- plots of measurements --------------------------------------------------------------------------------------------
+
+CURVES = {"curve": [[1, 0.25, 0.5], [3, 0.5, 0.75]], "curve_real": [[1, 0.75, 0.625], [3, 0.875, 1.0]]}
+RADII = {"radial": [1.0, 0.1], "radial_real": [10.0, 1.0]}
+
+
+def test_precision_stands_over_recall_for_drawn_and_for_real_pictures():
+    (chart,) = plots.plots([row_of("precision", 0.5, details=CURVES)])
+    assert [line.points for line in chart.lines] == [((0.5, 0.25), (0.75, 0.5)), ((0.625, 0.75), (1.0, 0.875))]
+    assert "drawn from 0.5 and 0.25 to 0.75 and 0.5" in chart.summary
+
+
+def test_spectra_are_in_decibels():
+    (chart,) = plots.plots([row_of("spectrum", 3.0, details=RADII)])
+    assert [line.points for line in chart.lines] == [((1, 0.0), (2, -10.0)), ((1, 10.0), (2, 0.0))]
+
+
+@pytest.mark.parametrize(
+    "details", [{}, {"curve": 3}, {"curve": [[1, 2]]}, {"curve": [[1, None, "x"]]}, {"classes": 1}]
+)
+def test_plots_without_figures_are_left_out(details):
+    rows = [row_of(metric, 0.5, details=details) for metric in ("precision", "spectrum", "label_accuracy")]
+    assert plots.plots(rows) == [] and plots.bars(rows) == []
+
+
+def test_bars_show_the_worst_class_first():
+    accuracy = row_of("label_accuracy", 0.5, details={"classes": {"cat": 0.9, "dog": 0.2, "cow": "nan"}})
+    distance = row_of("intra_class_frechet", 4.0, details={"classes": {"cat": 2.0, "dog": 8.0}})
+    shown = {group.title: [(bar.name, bar.share) for bar in group.rows] for group in plots.bars([accuracy, distance])}
+    assert list(shown.values()) == [[("dog", 0.2), ("cat", 0.9)], [("dog", 1.0), ("cat", 0.25)]]
+
+
+def test_of_many_classes_only_the_worst_have_a_bar():
+    classes = {f"kind {i}": i / 1000 for i in range(100)}
+    (group,) = plots.bars([row_of("label_accuracy", 0.05, details={"classes": classes})])
+    assert len(group.rows) == plots.MOST_BARS and group.rows[0].name == "kind 0"
+
+
+def test_plots_stand_in_the_page_with_names_of_classes_escaped(tmp_path):
+    run = bare_run(tmp_path / "run")
+    run.append_measurement(row_of("precision", 0.5, details=CURVES))
+    run.append_measurement(row_of("label_accuracy", 0.5, details={"classes": {ATTACK: 0.5}}))
+    html = page.render(run)
+    assert "<script>" not in html and "script" in Page(html).text
+    assert any("Recall and precision" in (found["alt"] or "") for found in Page(html).images)
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
