@@ -2,7 +2,8 @@
 
     randconv             fixed random convolutions, for every shape
     pixels               principal components of the reference's pixels
-    inception[:FILE]     the Inception network of 2015; without FILE from the cache, or downloaded into it once
+    inception[:FILE]     the Inception network of 2015; without FILE from the cache, or downloaded into it once;
+                         inception-pytorch-fid and inception-clean-fid bring pictures to its size as those programs do
     dinov2:PATH_OR_ID    DINOv2 from a folder, or NAME@REVISION of the hub
     clip:PATH_OR_ID      CLIP, likewise
 
@@ -31,10 +32,11 @@ from imagekiln.engine.run import write_whole
 from imagekiln.errors import DataError, UsageError, did_you_mean
 from imagekiln.metrics.encoders import Clip, Dinov2
 from imagekiln.metrics.features import RandomConv, extract, weights_hash
-from imagekiln.metrics.inception import FILE, SHA256, URL, Inception
+from imagekiln.metrics.inception import FILE, PROTOCOLS, SHA256, URL, Inception
 from imagekiln.metrics.pixels import PixelPCA
 
-NAMES = ("randconv", "pixels", "inception", "dinov2", "clip")
+WAYS = {"inception" if way == "tf" else f"inception-{way}": way for way in PROTOCOLS}
+NAMES = ("randconv", "pixels", *WAYS, "dinov2", "clip")
 VERSION = 1
 """Of everything that turns stored pictures into features here; a change of it forgets what is kept."""
 BATCH = 96
@@ -110,8 +112,8 @@ def open_extractor(
         if reference is None:
             raise UsageError("Features 'pixels' are fitted on reference pictures, and none were given.")
         network = PixelPCA(datasets.to_float(reference) if reference.dtype == torch.uint8 else reference)
-    elif kind == "inception":
-        network = InColour(Inception.load(_inception_file(argument, say)))
+    elif kind in WAYS:
+        network = InColour(Inception.load(_inception_file(argument, say), WAYS[kind]))
     else:
         network = InColour(Dinov2(argument) if kind == "dinov2" else Clip(argument))
     return network.to(device) if device is not None else network

@@ -11,7 +11,8 @@ from imagekiln.data.source import MemmapSource, Table, digest
 from imagekiln.engine import extractors
 from imagekiln.engine.extractors import InColour, cached_features, images_key, in_colour, open_extractor, rebatched
 from imagekiln.errors import DataError, UsageError
-from imagekiln.metrics import FeatureNetwork, RandomConv, extract
+from imagekiln.metrics import FeatureNetwork, Measurement, Provenance, RandomConv, extract
+from imagekiln.metrics.inception import Inception, random_weights
 
 
 def pictures(n, shape=(3, 8, 8), seed=0):
@@ -79,6 +80,14 @@ def test_inception_is_looked_for_where_it_says(tmp_path, monkeypatch):
     text = str(refused.value)
     assert "pt_inception-2015-12-05-6726825d.pth" in text and str(tmp_path / "inception") in text and "nowhere" in text
     assert len(said) == 1 and "Downloading" in said[0]
+
+
+def test_the_ways_of_published_programs_have_names_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(extractors.Inception, "load", lambda path, way: Inception(random_weights(0), way))
+    opened = {name: open_extractor(f"{name}:{tmp_path}", (3, 8, 8)) for name in extractors.WAYS}
+    labels = [Measurement("frechet", 1.0, 9, 9, Provenance(network.name)).label for network in opened.values()]
+    assert labels == ["FID[tf]", "FID[pytorch-fid]", "FID[clean-fid]"]
+    assert len({network.hash for network in opened.values()}) == 3
 
 
 def test_grey_and_transparent_pictures_become_colour():
