@@ -163,8 +163,9 @@ def exit_codes() -> str:
     rows = [("0", "done")]
     meanings = {errors.ImagekilnError: "anything else"}
     rows += [(str(kind.exit_code), f"`{kind.__name__}`: {meanings.get(kind, _first(kind.__doc__))}") for kind in kinds]
+    rows += [("10, 11, 12", "`imagekiln monitor`: the pictures drifted, generation changed, both")]
     rows += [("130", "a second signal: left at once; what is on disk is whole")]
-    return table(("code", "meaning"), sorted(rows, key=lambda row: int(row[0])))
+    return table(("code", "meaning"), sorted(rows, key=lambda row: int(row[0].split(",")[0])))
 
 
 def settings() -> str:
