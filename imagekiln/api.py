@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from imagekiln import data as datasets
+from imagekiln import optim
 from imagekiln.config import DataConfig, Recipe, parse, read_toml, write_toml
 from imagekiln.core import mix
 from imagekiln.engine import compare as comparing
@@ -125,6 +126,11 @@ def train(
         trainer = Trainer(
             wanted, plan.build_family(wanted, dataset), dataset.train, dataset.validation, run, Several(listeners)
         )
+        for sentence in recipes.remarks(wanted):
+            listener.say(sentence)
+        for key, one in wanted.optim.items():
+            if one.langevin.temperature:
+                listener.say(f"optim.{key}: Langevin noise with {optim.describe(trainer.optimizers[key])}.")
         try:
             trainer.fit()
         except ImagekilnError:
@@ -152,7 +158,8 @@ def dry_run(
     family = plan.build_family(wanted, dataset)
     precision = "bf16" if device.autocast_dtype(wanted.train.precision, where) else "fp32"
     counts = recipes.parameter_counts(family)
-    return Planned(wanted, dataset.summary(), counts, device.describe(where), precision, list(dataset.notices))
+    notices = [*dataset.notices, *recipes.remarks(wanted)]
+    return Planned(wanted, dataset.summary(), counts, device.describe(where), precision, notices)
 
 
 def generate(

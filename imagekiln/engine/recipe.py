@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from imagekiln import optim
 from imagekiln.config import FamilyConfig, OptimizerConfig, Recipe, merge, override, parse, read_toml
 from imagekiln.core import Family
 from imagekiln.engine import registry
@@ -72,6 +74,25 @@ def complete(values: Mapping[str, Any]) -> Recipe:
     if kind.train_defaults and isinstance(rest.get("train", {}), Mapping):
         rest["train"] = merge(kind.train_defaults, rest.get("train", {}))
     return parse(Recipe, {**rest, "family": family, "optim": optim}, "")
+
+
+def remarks(recipe: Recipe) -> list[str]:
+    """Sentences about settings that work together, but are seldom meant.
+
+    >>> from imagekiln.config import OptimizerConfig, LangevinConfig
+    >>> hot = OptimizerConfig(langevin=LangevinConfig(temperature=1, schedule="cosine"))
+    >>> recipe = resolve("vae").model_copy(update={"optim": {"encoder": hot}})
+    >>> [sentence[:40] for sentence in remarks(recipe)]
+    ['optim.encoder.langevin: The learning rat']
+    """
+    train, found = recipe.train, []
+    for key, one in recipe.optim.items():
+        if not one.langevin.temperature:
+            continue
+        rate = functools.partial(optim.multiplier, train.schedule, warmup_fraction=train.warmup_fraction)
+        if sentence := optim.anneals_twice(optim.schedule(one.langevin.schedule), rate):
+            found.append(f"optim.{key}.langevin: {sentence}")
+    return found
 
 
 def _section(value: Any, key: str) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from imagekiln.optim.gradient_noise import gradient_noise
 from imagekiln.optim.langevin import describe, langevin, place
 from imagekiln.optim.samplers import BAOAB, SGHMC, SGLD, LeimkuhlerMatthews
 from imagekiln.optim.schedules import multiplier
-from imagekiln.optim.temperature import schedule
+from imagekiln.optim.temperature import anneals_twice, schedule
 from imagekiln.optim.thermometer import Verdict, verify
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "LeimkuhlerMatthews",
     "SampleBank",
     "Verdict",
+    "anneals_twice",
     "build",
     "describe",
     "gradient_noise",

@@ -92,6 +92,16 @@ def test_picture_i_does_not_depend_on_how_many_are_drawn(cli, reference, tmp_pat
     assert (few != other).mean() > 5 * (few != many).mean(), "another seed draws other pictures"
 
 
+def test_a_hot_training_says_its_dials_and_that_it_anneals_twice(cli, tiny, tmp_path: Path) -> None:
+    key = f"optim.{registry.load('vae').phases[0].optimizer}.langevin"
+    hot = ["--set", f"{key}.temperature=0.5", "--set", f"{key}.schedule=cosine", "--set", "train.schedule=cosine"]
+    said = cli(*tiny("vae", tmp_path / "run", nimg=32), *hot).ok().err
+    assert "annealed twice" in said and "diffusion 0.0003119, temperature 0.5," in said  # 0.5 / 1603 pictures
+    assert "annealed twice" in cli(*tiny("vae", tmp_path / "dry", nimg=32), *hot, "--dry-run").ok().out
+    cold = cli(*tiny("vae", tmp_path / "cold", nimg=32)).ok()
+    assert "Langevin" not in cold.err
+
+
 def test_a_label_by_name_and_by_number(cli, tmp_path: Path, tiny) -> None:
     for index, shade in enumerate((20, 120, 220)):
         folder = tmp_path / "photos" / ("cat", "dog", "emu")[index]
