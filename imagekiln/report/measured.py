@@ -6,6 +6,7 @@ Rows are read as they lie in the run (`Run.measurements`); a row that is not a m
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -92,9 +93,13 @@ PIXEL_ERRORS = ("mse", "rmse", "mae", "psnr", "r2", "ssim", "ms_ssim")
 
 @dataclass(frozen=True)
 class Measured:
-    """One metric as the page shows it; numbers are text already, "" where there is none."""
+    """One metric as the page shows it; numbers are text already, "" where there is none.
+
+    features: what sees the pictures, "" where only one such row is shown.
+    """
 
     metric: str
+    features: str
     name: str
     meaning: str
     better: str
@@ -118,13 +123,15 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Measured]]:
         for row in rows
         if isinstance(row.get("metric"), str) and _number(row.get("value")) is not None
     }
+    often = Counter(metric for metric, _ in newest)
     found: dict[str, list[Measured]] = {}
     for row in newest.values():
-        found.setdefault("given back" if row["metric"] in PIXEL_ERRORS else "drawn", []).append(_measured(row))
+        table = found.setdefault("given back" if row["metric"] in PIXEL_ERRORS else "drawn", [])
+        table.append(_measured(row, str(row.get("features")) if often[row["metric"]] > 1 else ""))
     return found
 
 
-def _measured(row: Mapping[str, Any]) -> Measured:
+def _measured(row: Mapping[str, Any], features: str) -> Measured:
     metric = row["metric"]
     name, meaning = MEANINGS.get(metric, (metric.replace("_", " "), ""))
     low, high = _text(row.get("low")), _text(row.get("high"))
@@ -132,6 +139,7 @@ def _measured(row: Mapping[str, Any]) -> Measured:
     counts = [f"{row[key]:,}" for key in ("n", "n_reference") if isinstance(row.get(key), int)]
     return Measured(
         metric=metric,
+        features=features,
         name=name,
         meaning=meaning,
         better=BEST.get(metric, "lower is better" if row.get("lower_is_better", True) else "higher is better"),

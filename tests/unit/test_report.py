@@ -294,7 +294,9 @@ def np_to_tensor(value: float):
 
 def test_the_newest_measurement_of_a_feature_space_counts():
     rows = [row_of("kernel", 1.0), row_of("kernel", 2.0, features="randconv"), row_of("kernel", 3.0)]
-    assert [row.value for row in measured.tables(rows)["drawn"]] == ["3", "2"]
+    shown = measured.tables(rows)["drawn"]
+    assert [(row.value, row.features) for row in shown] == [("3", "classifier"), ("2", "randconv")]
+    assert measured.tables(rows[:1])["drawn"][0].features == ""
 
 
 def test_numbers_that_are_not_finite_are_shown_or_left_out():
