@@ -84,8 +84,11 @@ def _small(images_BCHW: Tensor) -> Tensor:
 
 def _components(centred_NP: Tensor, count: int) -> Tensor:
     """Eigenvectors_PD of the covariance, largest eigenvalue first; directions without variance are left out."""
-    values, vectors = torch.linalg.eigh(centred_NP.T @ centred_NP / (len(centred_NP) - 1))
+    few = len(centred_NP) < centred_NP.shape[1]  # then the pictures' inner products have the same eigenvalues
+    values, vectors = torch.linalg.eigh(centred_NP @ centred_NP.T if few else centred_NP.T @ centred_NP)
     rank = int((values > values[-1].clamp(min=0) * 1e-12).sum())
     leading = vectors.flip(1)[:, : max(1, min(count, rank))]
+    if few:
+        leading = functional.normalize(centred_NP.T @ leading, dim=0)
     largest = leading.gather(0, leading.abs().argmax(0, keepdim=True))
     return (leading * largest.sign()).contiguous()
