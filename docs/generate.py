@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from imagekiln import errors
 from imagekiln.config import (
+    AugmentConfig,
     AverageConfig,
     DataConfig,
     EvalConfig,
@@ -177,10 +178,11 @@ def settings() -> str:
         ("eval", EvalConfig),
         ("optim.MODULES", OptimizerConfig),
         ("optim.MODULES.langevin", LangevinConfig),
+        ("family.augment", AugmentConfig),
     ]
     parts = [_settings_of(f"`[{name}]`", model) for name, model in sections]
     for name in registry.names():
-        parts.append(_settings_of(f"`[family]` of {name}", registry.load(name).Config, skip={"name", "sample"}))
+        parts.append(_settings_of(f"`[family]` of {name}", registry.load(name).Config, skip={"name", "sample", "augment"}))
         options = registry.load(name).Config.model_fields.get("sample")
         if options is not None and isinstance(options.annotation, type):
             parts.append(_settings_of(f"`[family.sample]` of {name}", options.annotation))

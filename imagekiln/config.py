@@ -44,6 +44,24 @@ class FamilyConfig(Section):
     name: str = Field(..., description="file name of the family, dotted module, or path of a .py file")
 
 
+class AugmentConfig(Section):
+    """Random changes of what a discriminator sees, of real pictures and fakes alike (`imagekiln.nets.augmentation`)."""
+
+    policy: Literal["none", "diffaugment", "ada", "ramp"] = Field(
+        "none", description="ada = as much as is needed; ramp = ADA's changes, more and more of them"
+    )
+    transforms: str = Field(
+        "",
+        description="names with commas between them; empty = color,translation,cutout or, of ADA, blit,geometry,color",
+    )
+    p: Fraction = Field(0.0, description="share of pictures each of them changes, at the start of the run (ada, ramp)")
+    target: float = Field(
+        0.6, gt=0, lt=1, description="mean sign of the logits of real pictures that p is held at (ada)"
+    )
+    speed_kimg: float = Field(500.0, gt=0, description="real pictures in which p can go from 0 to 1 (ada)")
+    largest: float = Field(0.8, gt=0, lt=1, description="largest p, and the last one of a ramp; near 1 changes leak")
+
+
 class LangevinConfig(Section):
     """Langevin diffusion of some modules' weights: D = temperature / number of training pictures."""
 
@@ -99,6 +117,7 @@ class TrainConfig(Section):
     validate_kimg: float = Field(0.0, ge=0, description="0 = a sixteenth of the run")
     keep: int = Field(2, ge=2, description="checkpoints kept besides the best")
     patience: int = Field(0, ge=0, description="stop after this many validations without gain; 0 = never")
+    doctor: Literal["off", "watch", "act"] = Field("watch", description="notice illnesses; act = also repair")
     tensorboard: bool = Field(False, description="also write TensorBoard events")
 
     @property

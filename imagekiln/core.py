@@ -169,6 +169,10 @@ class Family(nn.Module, ABC):
         """Class scores of a judging family: logits_BK float32."""
         raise NotImplementedError(f"{type(self).__name__} draws pictures; it predicts no classes.")
 
+    def dials(self) -> Mapping[str, Tensor]:
+        """Strengths that may be turned while training, by name: scalar buffers, so that a checkpoint holds them."""
+        return {}
+
     def after_step(self, progress: Progress) -> None:
         """Called once after every training step: target networks, code-book averages, augmentation strength."""
 

@@ -10,16 +10,18 @@ small default; the published networks want 2e-4 or less.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from imagekiln.config import FamilyConfig, Section
+from imagekiln.config import AugmentConfig, FamilyConfig, Section
 from imagekiln.core import Batch, Condition, Family, Loss, Phase, Progress, mix, seeded_noise
 from imagekiln.nets.adversarial import hinge_critic, linear_generator, orthogonal_penalty
+from imagekiln.nets.augmentation import Augmentation
 from imagekiln.nets.biggan import Discriminator, Generator, Init, Share, standing, truncate
+from imagekiln.nets.stabilizers import LeCam
 
 STANDING_BATCH = 64
 """Pictures in a batch of the standing statistics."""
@@ -45,6 +47,8 @@ class BigganConfig(FamilyConfig):
     init: Init = Field("orthogonal", description="initial weights")
     orthogonal_weight: float = Field(1e-4, ge=0, description="weight of the generator's orthogonal regularisation")
     critic_steps: int = Field(4, ge=1, description="discriminator updates a generator update")
+    lecam: float = Field(0.0, ge=0, description="weight of the LeCam penalty (try 0.3); 0 = none")
+    augment: AugmentConfig = AugmentConfig()
     sample: Options = Options()
 
 
@@ -79,13 +83,16 @@ class Biggan(Family):
         self.discriminator = Discriminator(
             image_shape, config.critic_width, num_classes, config.attention_at, config.init
         )
+        self.augment = Augmentation(config.augment, image_shape[0])
+        self.lecam = LeCam() if config.lecam else None
         self._stood: tuple[tuple[float, ...], nn.Module] | None = None
 
     def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
         real, labels = batch.images, batch.labels
         z = torch.randn(len(real), self.config.z_dim, device=real.device)
         if phase == "generator":
-            adversarial = linear_generator(self.discriminator(self.generator(z, labels), labels).float())
+            fake = self.augment(self.generator(z, labels))
+            adversarial = linear_generator(self.discriminator(fake, labels).float())
             if not self.config.orthogonal_weight:
                 return Loss(adversarial)
             penalty = orthogonal_penalty(self.generator.matrices())
@@ -96,8 +103,18 @@ class Biggan(Family):
         with torch.no_grad():
             fake = self.generator(z, labels)
         both = None if labels is None else labels.repeat(2)
-        on_real, on_fake = self.discriminator(torch.cat([real, fake]), both).float().chunk(2)
-        return Loss(hinge_critic(on_real, on_fake), {"on_real": on_real.mean(), "on_fake": on_fake.mean()})
+        on_real, on_fake = self.discriminator(self.augment(torch.cat([real, fake])), both).float().chunk(2)
+        self.augment.observe(on_real)
+        total = hinge_critic(on_real, on_fake)
+        if self.lecam is not None:
+            total = total + self.config.lecam * self.lecam(on_real, on_fake)
+        return Loss(total, {"on_real": on_real.mean(), "on_fake": on_fake.mean()})
+
+    def after_step(self, progress: Progress) -> None:
+        self.augment.adapt(progress.fraction)
+
+    def dials(self) -> Mapping[str, Tensor]:
+        return self.augment.dials()
 
     @torch.no_grad()
     def sample(self, noise: Tensor, condition: Condition, options: Options | None = None) -> Tensor:

@@ -9,22 +9,21 @@ discriminator what pictures are like. Where no class is asked for, the noise cho
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from imagekiln.config import FamilyConfig
+from imagekiln.config import AugmentConfig, FamilyConfig
 from imagekiln.core import UNLABELLED, Batch, Condition, Family, Loss, Phase, Progress
 from imagekiln.errors import RecipeError
 from imagekiln.nets.adversarial import cross_entropy_critic, hinge_critic, linear_generator, non_saturating_generator
+from imagekiln.nets.augmentation import Augmentation
 from imagekiln.nets.cgan import Conditioning, Discriminator, Generator
 
-LOSSES = {
-    "hinge": (hinge_critic, linear_generator),
-    "non-saturating": (cross_entropy_critic, non_saturating_generator),
-}
+GENERATOR_LOSSES = {"hinge": linear_generator, "non-saturating": non_saturating_generator}
 
 
 class CganConfig(FamilyConfig):
@@ -37,6 +36,13 @@ class CganConfig(FamilyConfig):
     objective: Literal["hinge", "non-saturating"] = Field("hinge", description="the loss of both networks")
     spectral: bool = Field(True, description="spectral normalisation of the discriminator")
     critic_steps: int = Field(1, ge=1, description="discriminator updates a generator update")
+    smooth_real: float = Field(
+        0.0, ge=0, lt=0.5, description="the target of real pictures is 1 minus this (not of hinge; try 0.1)"
+    )
+    smooth_fake: float = Field(
+        0.0, ge=0, lt=0.5, description="the target of fakes (not of hinge); above 0 it holds bad fakes in place"
+    )
+    augment: AugmentConfig = AugmentConfig()
 
 
 class Cgan(Family):
@@ -57,6 +63,11 @@ class Cgan(Family):
                 "A conditional GAN needs to know the class of its pictures, and these have no labels: give every class "
                 "a folder of its own, or train a family that needs none, such as dcgan."
             )
+        if config.objective == "hinge" and (config.smooth_real or config.smooth_fake):
+            raise RecipeError(
+                "family.smooth_real and family.smooth_fake: the hinge loss has no targets that could be smoothed. "
+                "Set family.objective = 'non-saturating', or leave them at 0."
+            )
         self.phases = (
             Phase("discriminator", trains=("discriminator",), repeat=config.critic_steps),
             Phase("generator", trains=("generator",)),
@@ -65,22 +76,38 @@ class Cgan(Family):
         self.discriminator = Discriminator(
             image_shape, config.width, num_classes, config.conditioning, spectral=config.spectral
         )
+        self.augment = Augmentation(config.augment, image_shape[0])
 
     def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
         real, count = batch.images, len(batch.images)
         labels = batch.labels
         if labels is None:
             labels = torch.full((count,), UNLABELLED, device=real.device)
-        on_critic, on_generator = LOSSES[self.config.objective]
+        on_generator = GENERATOR_LOSSES[self.config.objective]
         z = torch.randn(count, self.config.z_dim, device=real.device)
         # A fake beside a picture without a label is of any class, and the discriminator is not told which.
         drawn = torch.where(labels < 0, torch.randint(self.num_classes, (count,), device=real.device), labels)
         if phase == "generator":
-            return Loss(on_generator(self.discriminator(self.generator(z, drawn), labels).float()))
+            fake = self.augment(self.generator(z, drawn))
+            return Loss(on_generator(self.discriminator(fake, labels).float()))
         with torch.no_grad():
             fake = self.generator(z, drawn)
-        on_real, on_fake = self.discriminator(torch.cat([real, fake]), labels.repeat(2)).float().chunk(2)
-        return Loss(on_critic(on_real, on_fake), {"on_real": on_real.mean(), "on_fake": on_fake.mean()})
+        shown = self.augment(torch.cat([real, fake]))
+        on_real, on_fake = self.discriminator(shown, labels.repeat(2)).float().chunk(2)
+        self.augment.observe(on_real)
+        return Loss(self._critic_loss(on_real, on_fake), {"on_real": on_real.mean(), "on_fake": on_fake.mean()})
+
+    def _critic_loss(self, on_real: Tensor, on_fake: Tensor) -> Tensor:
+        if self.config.objective == "hinge":
+            return hinge_critic(on_real, on_fake)
+        smooth_real, smooth_fake = self.config.smooth_real, self.config.smooth_fake
+        return cross_entropy_critic(on_real, on_fake, smooth_real=smooth_real, smooth_fake=smooth_fake)
+
+    def after_step(self, progress: Progress) -> None:
+        self.augment.adapt(progress.fraction)
+
+    def dials(self) -> Mapping[str, Tensor]:
+        return self.augment.dials()
 
     @torch.no_grad()
     def sample(self, noise: Tensor, condition: Condition, options: None = None) -> Tensor:

@@ -7,14 +7,18 @@ discriminator is a projection (Miyato & Koyama 2018, arXiv:1802.05637); the movi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import softplus
 
-from imagekiln.config import FamilyConfig
+from imagekiln.config import AugmentConfig, FamilyConfig
 from imagekiln.core import Batch, Condition, Family, Loss, Phase, Progress
+from imagekiln.nets.adversarial import cross_entropy_critic, non_saturating_generator
+from imagekiln.nets.augmentation import Augmentation
 from imagekiln.nets.dcgan import Discriminator, Generator
+from imagekiln.nets.stabilizers import LeCam, fading, instance_noise
 
 
 class DcganConfig(FamilyConfig):
@@ -23,6 +27,13 @@ class DcganConfig(FamilyConfig):
     name: str = "dcgan"
     z_dim: int = Field(100, ge=1, description="length of the noise vector")
     width: int = Field(64, ge=4, description="channels of the layer next to the picture")
+    smooth_real: float = Field(0.0, ge=0, lt=0.5, description="the target of real pictures is 1 minus this (try 0.1)")
+    smooth_fake: float = Field(
+        0.0, ge=0, lt=0.5, description="the target of fakes; above 0 it holds bad fakes in place"
+    )
+    instance_noise: float = Field(0.0, ge=0, description="deviation of noise on all pictures, fades to 0 (try 0.1)")
+    lecam: float = Field(0.0, ge=0, description="weight of the LeCam penalty (try 0.3); 0 = none")
+    augment: AugmentConfig = AugmentConfig()
 
 
 class Dcgan(Family):
@@ -41,16 +52,34 @@ class Dcgan(Family):
         super().__init__(config, image_shape, num_classes)
         self.generator = Generator(config.z_dim, image_shape, config.width, num_classes)
         self.discriminator = Discriminator(image_shape, config.width, num_classes)
+        self.augment = Augmentation(config.augment, image_shape[0])
+        self.lecam = LeCam() if config.lecam else None
 
     def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
         real, labels = batch.images, batch.labels
         fake = self.generator(torch.randn(len(real), self.config.z_dim, device=real.device), labels)
         if phase == "generator":
-            return Loss(softplus(-self.discriminator(fake, labels).float()).mean())
-        on_real = self.discriminator(real, labels).float()
-        on_fake = self.discriminator(fake.detach(), labels).float()
-        total = softplus(-on_real).mean() + softplus(on_fake).mean()
+            return Loss(non_saturating_generator(self._judged(fake, labels, progress)))
+        on_real = self._judged(real, labels, progress)
+        on_fake = self._judged(fake.detach(), labels, progress)
+        self.augment.observe(on_real)
+        total = cross_entropy_critic(
+            on_real, on_fake, smooth_real=self.config.smooth_real, smooth_fake=self.config.smooth_fake
+        )
+        if self.lecam is not None:
+            total = total + self.config.lecam * self.lecam(on_real, on_fake)
         return Loss(total, {"on_real": on_real.mean(), "on_fake": on_fake.mean()})
+
+    def _judged(self, images: Tensor, labels: Tensor | None, progress: Progress) -> Tensor:
+        """The discriminator's logits of pictures, augmented and under noise where that is asked for."""
+        noise = fading(self.config.instance_noise, progress.fraction)
+        return self.discriminator(instance_noise(self.augment(images), noise), labels).float()
+
+    def after_step(self, progress: Progress) -> None:
+        self.augment.adapt(progress.fraction)
+
+    def dials(self) -> Mapping[str, Tensor]:
+        return self.augment.dials()
 
     @torch.no_grad()
     def sample(self, noise: Tensor, condition: Condition, options: None = None) -> Tensor:

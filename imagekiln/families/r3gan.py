@@ -10,18 +10,21 @@ half a cosine from `gamma` to `gamma_end` over the run.
 The settings are small. The paper's networks: 32 pixels width = widest = 768, gamma 0.05 to 0.005, batch 512; FFHQ-64
 width 384, widest 768, gamma 2 to 0.2, batch 256; FFHQ-256 width 96, widest 768, gamma 150 to 15; ImageNet width =
 widest = 1536, group_width 32. What differs from the paper: the second beta does not rise from 0.9 to 0.99 but is 0.99,
-the learning rate falls to 0 if train.schedule is "cosine" and not to a quarter, there is no augmentation, and a picture
-without a label gets the mean of the labels' vectors.
+the learning rate falls to 0 if train.schedule is "cosine" and not to a quarter, augmentation (augment.policy = "ramp";
+largest 0.55 on CIFAR-10, 0.3 on FFHQ) is off, and a picture without a label gets the mean of the labels' vectors.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from imagekiln.config import FamilyConfig
+from imagekiln.config import AugmentConfig, FamilyConfig
 from imagekiln.core import Batch, Condition, Family, Loss, Phase, Progress
+from imagekiln.nets.augmentation import Augmentation
 from imagekiln.nets.r3gan import (
     Discriminator,
     Generator,
@@ -44,6 +47,7 @@ class R3GanConfig(FamilyConfig):
     group_width: int = Field(16, ge=1, description="channels of a group in the 3x3 convolutions (paper: 16 or 32)")
     gamma: float = Field(0.05, ge=0, description="weight of both penalties at the start of the run")
     gamma_end: float = Field(0.005, ge=0, description="and at its end")
+    augment: AugmentConfig = AugmentConfig()
 
 
 class R3Gan(Family):
@@ -59,6 +63,7 @@ class R3Gan(Family):
     phases = (Phase("discriminator", trains=("discriminator",)), Phase("generator", trains=("generator",)))
     check_settings = {"width": 16, "widest": 32}
     averaged = ("generator",)
+    gamma: Tensor
 
     def __init__(self, config: R3GanConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__(config, image_shape, num_classes)
@@ -66,24 +71,39 @@ class R3Gan(Family):
         widths = config.width, config.widest
         self.generator = Generator(config.z_dim, image_shape, *widths, num_classes, **size)
         self.discriminator = Discriminator(image_shape, *widths, num_classes, **size)
+        self.augment = Augmentation(config.augment, image_shape[0])
+        self.register_buffer("gamma", torch.tensor(config.gamma))
 
     def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
         real, labels = batch.images, batch.labels
         z = torch.randn(len(real), self.config.z_dim, device=real.device)
         if phase == "generator":
             with torch.no_grad():
-                on_real = self.discriminator(real, labels).float()
-            on_fake = self.discriminator(self.generator(z, labels), labels).float()
+                on_real = self.discriminator(self.augment(real), labels).float()
+            on_fake = self.discriminator(self.augment(self.generator(z, labels)), labels).float()
             return Loss(relativistic_generator(on_real, on_fake))
         with torch.no_grad():
             fake = self.generator(z, labels).to(real.dtype)
         both = None if labels is None else labels.repeat(2)
-        logits, squares = penalized_logits(lambda images: self.discriminator(images, both), torch.cat([real, fake]))
+        logits, squares = penalized_logits(
+            lambda images: self.discriminator(self.augment(images), both), torch.cat([real, fake])
+        )
         on_real, on_fake = logits.chunk(2)
         r1, r2 = (part.mean() for part in squares.chunk(2))
-        gamma = falling(self.config.gamma, self.config.gamma_end, progress.fraction)
-        total = relativistic_critic(on_real, on_fake) + gamma / 2 * (r1 + r2)
+        self.augment.observe(on_real - on_fake)  # only the difference of two answers means something here
+        total = relativistic_critic(on_real, on_fake) + self._gamma(progress) / 2 * (r1 + r2)
         return Loss(total, {"on_real": on_real.mean(), "on_fake": on_fake.mean(), "r1": r1, "r2": r2})
+
+    def after_step(self, progress: Progress) -> None:
+        self.augment.adapt(progress.fraction)
+
+    def dials(self) -> Mapping[str, Tensor]:
+        return {"gamma": self.gamma, **self.augment.dials()}
+
+    def _gamma(self, progress: Progress) -> Tensor | float:
+        """The weight of this moment: the schedule of the settings, as many times as strong as `gamma` was turned up."""
+        scheduled = falling(self.config.gamma, self.config.gamma_end, progress.fraction)
+        return scheduled * (self.gamma / self.config.gamma) if self.config.gamma else scheduled
 
     @torch.no_grad()
     def sample(self, noise: Tensor, condition: Condition, options: None = None) -> Tensor:

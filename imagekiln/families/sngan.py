@@ -8,14 +8,18 @@ discriminator's; the moving average of the generator draws. For the paper's line
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from imagekiln.config import FamilyConfig
+from imagekiln.config import AugmentConfig, FamilyConfig
 from imagekiln.core import Batch, Condition, Family, Loss, Phase, Progress
 from imagekiln.nets.adversarial import hinge_critic, linear_generator
+from imagekiln.nets.augmentation import Augmentation
 from imagekiln.nets.resnet_gan import Discriminator, Generator
+from imagekiln.nets.stabilizers import LeCam
 
 
 class SnganConfig(FamilyConfig):
@@ -26,6 +30,8 @@ class SnganConfig(FamilyConfig):
     generator_width: int = Field(16, ge=4, description="generator's channels next to the picture (paper: 256 or 64)")
     width: int = Field(16, ge=4, description="discriminator's channels next to the picture (paper: 128 or 64)")
     critic_steps: int = Field(5, ge=1, description="discriminator updates a generator update")
+    lecam: float = Field(0.0, ge=0, description="weight of the LeCam penalty (try 0.3); 0 = none")
+    augment: AugmentConfig = AugmentConfig()
 
 
 class Sngan(Family):
@@ -47,17 +53,30 @@ class Sngan(Family):
         )
         self.generator = Generator(config.z_dim, image_shape, config.generator_width, num_classes)
         self.discriminator = Discriminator(image_shape, config.width, num_classes, spectral=True)
+        self.augment = Augmentation(config.augment, image_shape[0])
+        self.lecam = LeCam() if config.lecam else None
 
     def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
         real, labels = batch.images, batch.labels
         z = torch.randn(len(real), self.config.z_dim, device=real.device)
         if phase == "generator":
-            return Loss(linear_generator(self.discriminator(self.generator(z, labels), labels).float()))
+            fake = self.augment(self.generator(z, labels))
+            return Loss(linear_generator(self.discriminator(fake, labels).float()))
         with torch.no_grad():
             fake = self.generator(z, labels)
         both = None if labels is None else labels.repeat(2)
-        on_real, on_fake = self.discriminator(torch.cat([real, fake]), both).float().chunk(2)
-        return Loss(hinge_critic(on_real, on_fake), {"on_real": on_real.mean(), "on_fake": on_fake.mean()})
+        on_real, on_fake = self.discriminator(self.augment(torch.cat([real, fake])), both).float().chunk(2)
+        self.augment.observe(on_real)
+        total = hinge_critic(on_real, on_fake)
+        if self.lecam is not None:
+            total = total + self.config.lecam * self.lecam(on_real, on_fake)
+        return Loss(total, {"on_real": on_real.mean(), "on_fake": on_fake.mean()})
+
+    def after_step(self, progress: Progress) -> None:
+        self.augment.adapt(progress.fraction)
+
+    def dials(self) -> Mapping[str, Tensor]:
+        return self.augment.dials()
 
     @torch.no_grad()
     def sample(self, noise: Tensor, condition: Condition, options: None = None) -> Tensor:

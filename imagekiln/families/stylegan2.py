@@ -9,23 +9,25 @@ below hold c = 16 / 17.
 The settings are small. The papers' networks, with z_dim = widest = 512: CIFAR-10 width 512, discriminator "plain",
 stddev_group 32; 64 pixels width 256, gamma 0.0128; FFHQ-256 width 64, mapping_layers 8, gamma 1; FFHQ-1024 width 32,
 mapping_layers 8, gamma 10; the last three have path_weight 2 and mixing 0.9. With path length set optim.generator.lr to
-0.002 and its betas to [0, 0.992], which hold c = 4 / 5. What differs from the papers: no adaptive augmentation; styles
-are mixed picture by picture, not batch by batch; a picture without a label gets the mean of the labels' vectors.
+0.002 and its betas to [0, 0.992], which hold c = 4 / 5. What differs from the papers: styles are mixed picture by
+picture, not batch by batch; a picture without a label gets the mean of the labels' vectors.
 
 noise_shape() holds z and the noise of all layers, so that nothing else is random.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from imagekiln.config import FamilyConfig, Fraction, Section
+from imagekiln.config import AugmentConfig, FamilyConfig, Fraction, Section
 from imagekiln.core import Batch, Condition, Family, Loss, Phase, Progress
 from imagekiln.nets.adversarial import cross_entropy_critic, non_saturating_generator, zero_centred_penalty
+from imagekiln.nets.augmentation import Augmentation
 from imagekiln.nets.stylegan2 import Discriminator, Generator, path_lengths
 
 R1_EVERY, PATH_EVERY = 16, 4
@@ -56,6 +58,7 @@ class StyleGan2Config(FamilyConfig):
     gamma: float = Field(0.01, ge=0, description="R1 weight; about 0.0002 pixels / batch, more where it is unstable")
     path_weight: float = Field(0.0, ge=0, description="weight of the path length penalty (paper: 2); 0 = none")
     mixing: Fraction = Field(0.0, description="share of the fakes in training that have two styles (paper: 0.9)")
+    augment: AugmentConfig = AugmentConfig()
     sample: Options = Options()
 
 
@@ -71,6 +74,7 @@ class StyleGan2(Family):
     train_defaults = {"schedule": "constant", "warmup_fraction": 0.0, "clip_norm": 0.0, "compile": "off"}
     check_settings = {"width": 8, "widest": 32, "z_dim": 32}
     averaged = ("generator",)
+    gamma: Tensor
     mean_length: Tensor
 
     def __init__(self, config: StyleGan2Config, image_shape: tuple[int, int, int], num_classes: int) -> None:
@@ -94,25 +98,34 @@ class StyleGan2(Family):
             stddev_group=config.stddev_group,
             residual=config.discriminator == "residual",
         )
+        self.augment = Augmentation(config.augment, image_shape[0])
+        self.register_buffer("gamma", torch.tensor(config.gamma))
         self.register_buffer("mean_length", torch.zeros(()))
 
     def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
         real, labels = batch.images, batch.labels
         if phase == "r1":
-            penalty = zero_centred_penalty(lambda images: self.discriminator(images, labels), real)
-            return Loss(self.config.gamma / 2 * penalty, {"penalty": penalty})
+            penalty = zero_centred_penalty(lambda images: self.discriminator(self.augment(images), labels), real)
+            return Loss(self.gamma / 2 * penalty, {"penalty": penalty})
         if phase == "path":
             return self._path(real, labels)
         if phase == "generator":
             styles, noise = self._styles(real, labels, track=self.training)
-            fake = self.generator.synthesize(styles, noise)
+            fake = self.augment(self.generator.synthesize(styles, noise))
             return Loss(non_saturating_generator(self.discriminator(fake, labels).float()))
         with torch.no_grad():
             fake = self.generator.synthesize(*self._styles(real, labels))
         # one by one, so that the minibatch deviation compares real pictures with real ones
-        on_real, on_fake = (self.discriminator(images, labels).float() for images in (real, fake))
+        on_real, on_fake = (self.discriminator(self.augment(images), labels).float() for images in (real, fake))
+        self.augment.observe(on_real)
         parts = {"on_real": on_real.mean(), "on_fake": on_fake.mean()}
         return Loss(cross_entropy_critic(on_real, on_fake), parts)
+
+    def after_step(self, progress: Progress) -> None:
+        self.augment.adapt(progress.fraction)
+
+    def dials(self) -> Mapping[str, Tensor]:
+        return {"gamma": self.gamma, **self.augment.dials()}
 
     @torch.no_grad()
     def sample(self, noise: Tensor, condition: Condition, options: Options | None = None) -> Tensor:

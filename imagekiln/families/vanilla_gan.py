@@ -17,6 +17,7 @@ from imagekiln.config import FamilyConfig
 from imagekiln.core import Batch, Condition, Family, Loss, Phase, Progress
 from imagekiln.nets.adversarial import cross_entropy_critic, minimax_generator, non_saturating_generator
 from imagekiln.nets.mlp_gan import Discriminator, Generator
+from imagekiln.nets.stabilizers import fading, instance_noise
 
 GENERATOR_LOSSES = {"non-saturating": non_saturating_generator, "minimax": minimax_generator}
 
@@ -34,6 +35,7 @@ class VanillaGanConfig(FamilyConfig):
     smooth_fake: float = Field(
         0.0, ge=0, lt=0.5, description="the target of fakes; above 0 it holds bad fakes in place"
     )
+    instance_noise: float = Field(0.0, ge=0, description="deviation of noise on all pictures, fades to 0 (try 0.1)")
 
 
 class VanillaGan(Family):
@@ -57,15 +59,20 @@ class VanillaGan(Family):
         real, labels = batch.images, batch.labels
         z = torch.randn(len(real), self.config.z_dim, device=real.device)
         if phase == "generator":
-            on_fake = self.discriminator(self.generator(z, labels), labels).float()
+            on_fake = self._judged(self.generator(z, labels), labels, progress)
             return Loss(GENERATOR_LOSSES[self.config.objective](on_fake))
         with torch.no_grad():
             fake = self.generator(z, labels)
-        on_real, on_fake = self.discriminator(real, labels).float(), self.discriminator(fake, labels).float()
+        on_real, on_fake = (self._judged(images, labels, progress) for images in (real, fake))
         total = cross_entropy_critic(
             on_real, on_fake, smooth_real=self.config.smooth_real, smooth_fake=self.config.smooth_fake
         )
         return Loss(total, {"on_real": on_real.mean(), "on_fake": on_fake.mean()})
+
+    def _judged(self, images: Tensor, labels: Tensor | None, progress: Progress) -> Tensor:
+        """The discriminator's logits of pictures, under noise where that is asked for."""
+        noise = fading(self.config.instance_noise, progress.fraction)
+        return self.discriminator(instance_noise(images, noise), labels).float()
 
     @torch.no_grad()
     def sample(self, noise: Tensor, condition: Condition, options: None = None) -> Tensor:

@@ -9,6 +9,8 @@ For the paper's linear decay set train.schedule.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -39,6 +41,7 @@ class WganGp(Family):
     }
     train_defaults = {"schedule": "linear", "warmup_fraction": 0.0, "clip_norm": 0.0, "compile": "off"}
     averaged = ("generator",)
+    penalty_weight: Tensor
 
     def __init__(self, config: WganGpConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__(config, image_shape, num_classes)
@@ -48,6 +51,7 @@ class WganGp(Family):
         )
         self.generator = Generator(config.z_dim, image_shape, config.width, num_classes)
         self.critic = Discriminator(image_shape, config.width, num_classes, pool="mean")
+        self.register_buffer("penalty_weight", torch.tensor(config.penalty_weight))
 
     def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
         real, labels = batch.images, batch.labels
@@ -60,8 +64,11 @@ class WganGp(Family):
         on_real, on_fake = self.critic(torch.cat([real, fake]), both).float().chunk(2)
         minus_distance = wasserstein_critic(on_real, on_fake)
         penalty = gradient_penalty(lambda images: self.critic(images, labels), real, fake)
-        total = minus_distance + self.config.penalty_weight * penalty
+        total = minus_distance + self.penalty_weight * penalty
         return Loss(total, {"distance": -minus_distance, "penalty": penalty})
+
+    def dials(self) -> Mapping[str, Tensor]:
+        return {"penalty_weight": self.penalty_weight}
 
     @torch.no_grad()
     def sample(self, noise: Tensor, condition: Condition, options: None = None) -> Tensor:

@@ -29,11 +29,16 @@ Critic = Callable[[Tensor], Tensor]
 
 
 def cross_entropy_critic(
-    on_real_B: Tensor, on_fake_B: Tensor, *, smooth_real: float = 0.0, smooth_fake: float = 0.0
+    on_real_B: Tensor,
+    on_fake_B: Tensor,
+    *,
+    smooth_real: float | Tensor = 0.0,
+    smooth_fake: float | Tensor = 0.0,
 ) -> Tensor:
     """-E[log sigma(D(real))] - E[log(1 - sigma(D(fake)))] (Goodfellow et al. 2014, eq. 1), with label smoothing.
 
-    smooth_real, smooth_fake: the targets become 1 - smooth_real and smooth_fake; both in [0, 0.5).
+    smooth_real, smooth_fake: the targets become 1 - smooth_real and smooth_fake; both in [0, 0.5). A number for all, or
+    one a picture: 0.3 * torch.rand(B) are noisy labels.
 
     With targets a and b the best discriminator answers sigma(D) = (a p_data + b p_fake) / (p_data + p_fake). With b > 0
     the density of the fakes stands in the numerator: where there is no data the fakes are no longer told that they are
