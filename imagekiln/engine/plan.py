@@ -20,6 +20,9 @@ from imagekiln.engine.trainer import Trainer
 
 PROBE_SEC = 10.0
 WARMUP_STEPS = 3
+PROBES = 4
+"""Moments of the run, evenly spread, at which steps are timed."""
+
 EVENTS = {"preview": 16, "validate": 16, "checkpoint": 8}
 
 
@@ -46,13 +49,22 @@ def measure(recipe: Recipe, dataset: Dataset, probe_sec: float = PROBE_SEC) -> R
         trainer = Trainer(recipe, build_family(recipe, dataset), dataset.train, dataset.validation, run, Silent())
         for _ in range(WARMUP_STEPS):
             trainer.step()
-        steps, clock = 0, time.monotonic()
-        while steps < 3 or time.monotonic() - clock < probe_sec:
-            trainer.step()
-            steps += 1
-        rate = steps * trainer.images_per_step / (time.monotonic() - clock)
+        step_sec = [_step_sec(trainer, (part + 0.5) / PROBES, probe_sec / PROBES) for part in range(PROBES)]
+        rate = trainer.images_per_step * PROBES / sum(step_sec)
         event_sec = {name: trainer.time_event(name) for name in EVENTS}
     return Rate(rate, event_sec, time.monotonic() - start)
+
+
+def _step_sec(trainer: Trainer, fraction: float, probe_sec: float) -> float:
+    """Seconds a step takes at this share of the run: networks that grow become slower as it goes on."""
+    step = trainer.images_per_step
+    trainer.state.nimg = int(fraction * trainer.total_nimg) // step * step
+    trainer.step()  # what begins here is set up
+    steps, clock = 0, time.monotonic()
+    while steps < 1 or time.monotonic() - clock < probe_sec:
+        trainer.step()
+        steps += 1
+    return (time.monotonic() - clock) / steps
 
 
 def within(recipe: Recipe, dataset: Dataset, minutes: float) -> tuple[Recipe, Rate]:
