@@ -13,8 +13,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +23,10 @@ from imagekiln.config import Recipe
 from imagekiln.core import Family, Phase, Progress, Source, mix
 from imagekiln.data import Loader
 from imagekiln.engine import checkpoint, device, pictures, validation
+from imagekiln.engine.doctor import Doctor
 from imagekiln.engine.generate import draw, labels_for, save_weights
 from imagekiln.engine.run import Run
+from imagekiln.engine.state import Listener, State
 from imagekiln.engine.validation import Validation
 from imagekiln.errors import CheckpointError, DiskError, Diverged, OutOfMemory
 
@@ -33,31 +34,6 @@ TICK_SEC = 5.0
 FIRST_PREVIEW_SEC = 30.0
 SKIPS_BEFORE_ROLLBACK, SKIP_WINDOW_STEPS, MAX_ROLLBACKS = 3, 20, 3
 PREVIEW_IMAGES = 40
-
-
-class Listener(Protocol):
-    """Who is told how it goes: the console, stats.jsonl, TensorBoard (see `engine.tracker`)."""
-
-    def tick(self, row: Mapping[str, Any]) -> None: ...
-    def say(self, sentence: str) -> None: ...
-    def preview(self, nimg: int, picture: Any) -> None: ...
-
-
-@dataclass
-class State:
-    """What a run remembers besides tensors. All of it is in every checkpoint."""
-
-    nimg: int = 0
-    attempt: int = 0  # mixed into every seed, so that a window that was rolled back is not repeated as it was
-    lr_scale: float = 1.0
-    rollbacks: int = 0
-    accumulate: int = 1
-    skipped_nimg: list[int] = field(default_factory=list)
-    best_loss: float | None = None
-    best_nimg: int | None = None
-    best_average: str | None = None
-    stale_validations: int = 0
-    train_sec: float = 0.0
 
 
 class Trainer:
@@ -93,6 +69,7 @@ class Trainer:
         self._open: str | None = None
         self._sums: dict[str, list[Tensor]] = {}
         self._make_loader()
+        self.doctor = Doctor(self, held_out, self._precision) if self.config.doctor != "off" else None
         if self.config.compile == "on" or (self.config.compile == "auto" and self.device.type == "cuda"):
             self._compile()
 
@@ -112,14 +89,14 @@ class Trainer:
             self._tick_sec = self._start_sec = time.monotonic()
             self._tick_nimg = self.state.nimg
             if fresh:
-                self._preview()
-                self._checkpoint(verify=True)
-            while self.state.nimg < self.total_nimg and not self._out_of_patience():
+                self.preview()
+                self.save(verify=True)
+            while self.state.nimg < self.total_nimg and not self._stops_early():
                 before = self.state.nimg
                 self.step()
                 self._after(before)
                 if signals.pending():
-                    self._checkpoint()
+                    self.save()
                     self._status("interrupted")
                     signals.raise_if_pending()
             self._finish()
@@ -171,7 +148,8 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
             return False
         middle = (progress.nimg + self.images_per_step / 2) / self.total_nimg  # of this step, so that none is at 0
-        factor = self.state.lr_scale * optim.multiplier(self.config.schedule, middle, self.config.warmup_fraction)
+        factor = self.state.lr_scale * self.state.doctor.lr.get(phase.optimizer, 1.0)
+        factor *= optim.multiplier(self.config.schedule, middle, self.config.warmup_fraction)
         for group in optimizer.param_groups:
             group["lr"] = self.recipe.optim[phase.optimizer].lr * factor
         self._heat(phase, turn, progress)
@@ -213,22 +191,27 @@ class Trainer:
         if len(self.state.skipped_nimg) < SKIPS_BEFORE_ROLLBACK:
             return
         # A checkpoint from within the bad stretch holds the weights that led there.
-        checkpoint.forget_after(self.run.checkpoints, min(self.state.skipped_nimg) - self.images_per_step)
+        before_nimg = min(self.state.skipped_nimg) - self.images_per_step
         rollbacks, lr_scale = self.state.rollbacks + 1, self.state.lr_scale / 2
         if rollbacks > MAX_ROLLBACKS:
+            checkpoint.forget_after(self.run.checkpoints, before_nimg)
             self._status("diverged")
             raise Diverged(
                 f"The training left the finite numbers {rollbacks} times, at last after {self.state.nimg} images. "
                 "Lower optim.*.lr, set train.precision = 'fp32', or look at the pictures; "
                 "the last good checkpoint is kept."
             )
-        self.restore()
-        self.state = dataclasses.replace(
-            self.state, attempt=self.state.attempt + 1, rollbacks=rollbacks, lr_scale=lr_scale, skipped_nimg=[]
-        )
-        self._make_loader()
-        self._checkpoint()
+        self.go_back(before_nimg)
+        self.state = dataclasses.replace(self.state, rollbacks=rollbacks, lr_scale=lr_scale, skipped_nimg=[])
+        self.save()
         self._notice("rollback", f"Back to the checkpoint of {self.state.nimg} images, learning rate halved.")
+
+    def go_back(self, nimg: int) -> None:
+        """Continue from the newest checkpoint of at most `nimg` images, with other seeds; later ones are deleted."""
+        checkpoint.forget_after(self.run.checkpoints, nimg)
+        self.restore()
+        self.state.attempt += 1
+        self._make_loader()
 
     # -- events -------------------------------------------------------------------------------------------------------
 
@@ -241,20 +224,22 @@ class Trainer:
 
         if now - self._tick_sec >= TICK_SEC:
             self._tick(now)
+        if self.doctor and self.state.nimg < self.total_nimg:
+            self.doctor.look(before)
         if due("validate"):
             self._validate()
         if due("preview") or (now - self._start_sec > FIRST_PREVIEW_SEC and len(self.run.samples()) < 2):
-            self._preview()
+            self.preview()
         if due("checkpoint"):
-            self._checkpoint()
+            self.save()
 
     def _finish(self) -> None:
         if self._sums:
             self._tick(time.monotonic())
         if self.run.status().get("state") != "finished":
             self._validate()
-            self._preview()
-            self._checkpoint()
+            self.preview()
+            self.save()
         self._status("finished")
 
     def _tick(self, now: float) -> None:
@@ -292,6 +277,8 @@ class Trainer:
         self.listener.tick({"nimg": self.state.nimg, "total_nimg": self.total_nimg, **row})
         if criteria:
             self._keep_best(criteria)
+        if self.doctor:
+            self.doctor.hear(row, min(criteria.values(), default=None), self.state.best_loss)
         self._restart_clock()
 
     def _looked_at(self, twin: Family, count: int) -> dict[str, float]:
@@ -311,13 +298,13 @@ class Trainer:
         else:
             self.state.stale_validations += 1
 
-    def _out_of_patience(self) -> bool:
+    def _stops_early(self) -> bool:
         stop = 0 < self.config.patience <= self.state.stale_validations
         if stop:
             self.listener.say(f"Stopped early: {self.state.stale_validations} validations without gain.")
-        return stop
+        return stop or self.state.doctor.stopped
 
-    def _preview(self) -> None:
+    def preview(self) -> None:
         """The same seeds every time, so that the pictures can be compared over time."""
         if not self.family.draws:
             return
@@ -333,7 +320,7 @@ class Trainer:
     def time_event(self, name: str) -> float:
         """Do one preview, validation (of losses) or checkpoint now and return the seconds it took."""
         clock = time.monotonic()
-        {"preview": self._preview, "validate": lambda: self._validate(0), "checkpoint": self._checkpoint}[name]()
+        {"preview": self.preview, "validate": lambda: self._validate(0), "checkpoint": self.save}[name]()
         return time.monotonic() - clock
 
     def _restart_clock(self) -> None:
@@ -361,7 +348,10 @@ class Trainer:
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
-    def _checkpoint(self, verify: bool = False) -> None:
+    def save(self, verify: bool = False) -> None:
+        """Write a checkpoint of this moment, and weights to draw with."""
+        if self.doctor:
+            self.doctor.write_down()
         parts = {"model": dict(self.family.state_dict()), "optimizer": self.optimizer_tensors()}
         parts |= {name: average.state_dict() for name, average in self.averages.items()}
         if not all(bool(torch.isfinite(t).all()) for t in parts["model"].values() if t.is_floating_point()):
@@ -379,7 +369,7 @@ class Trainer:
                 time.sleep(pause_sec)
         if verify:
             checkpoint.load(path)
-        pinned = {self.state.best_nimg} if self.state.best_nimg is not None else set()
+        pinned = {*self.state.doctor.havens, *([] if self.state.best_nimg is None else [self.state.best_nimg])}
         checkpoint.rotate(self.run.checkpoints, self.config.keep, pinned)
         if self.state.nimg:
             self._save_weights()
@@ -405,6 +395,8 @@ class Trainer:
                 "Use the recipe the run was started with, or another --out."
             ) from error
         self._make_loader()
+        if self.doctor:
+            self.doctor.read_up()
         self.run.forget_after(self.state.nimg)
         return True
 
@@ -455,7 +447,10 @@ class Trainer:
 
     def _note(self, phase: str, scalars: Mapping[str, Tensor]) -> None:
         for name, value in scalars.items():
-            self._sums.setdefault(f"{phase}/{name}", []).append(value.detach().float())
+            scalar = value.detach().float()
+            self._sums.setdefault(f"{phase}/{name}", []).append(scalar)
+            if self.doctor:
+                self.doctor.note(f"{phase}/{name}", scalar)
 
     def _reseed(self, *keys: int | str) -> None:
         """All randomness of what follows is a function of these keys."""

@@ -85,7 +85,8 @@ class PgGan(Family):
         minus_distance = wasserstein_critic(on_real, on_fake)
         penalty = gradient_penalty(lambda images: self.critic(images, labels, level=level), real, fake)
         total = minus_distance + self.gamma * penalty + DRIFT_WEIGHT * drift(on_real)
-        return Loss(total, {"distance": -minus_distance, "penalty": penalty})
+        parts = {"on_real": on_real.mean(), "on_fake": on_fake.mean(), "distance": -minus_distance, "penalty": penalty}
+        return Loss(total, parts)
 
     @torch.no_grad()
     def sample(self, noise: Tensor, condition: Condition, options: None = None) -> Tensor:

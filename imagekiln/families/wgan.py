@@ -55,8 +55,9 @@ class Wgan(Family):
             return Loss(linear_generator(self.critic(self.generator(z, labels), labels).float()))
         with torch.no_grad():
             fake = self.generator(z, labels)
-        total = wasserstein_critic(self.critic(real, labels).float(), self.critic(fake, labels).float())
-        return Loss(total, {"distance": -total})
+        on_real, on_fake = (self.critic(images, labels).float() for images in (real, fake))
+        total = wasserstein_critic(on_real, on_fake)
+        return Loss(total, {"on_real": on_real.mean(), "on_fake": on_fake.mean(), "distance": -total})
 
     @torch.no_grad()
     def sample(self, noise: Tensor, condition: Condition, options: None = None) -> Tensor:

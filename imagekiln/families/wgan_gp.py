@@ -65,7 +65,8 @@ class WganGp(Family):
         minus_distance = wasserstein_critic(on_real, on_fake)
         penalty = gradient_penalty(lambda images: self.critic(images, labels), real, fake)
         total = minus_distance + self.penalty_weight * penalty
-        return Loss(total, {"distance": -minus_distance, "penalty": penalty})
+        parts = {"on_real": on_real.mean(), "on_fake": on_fake.mean(), "distance": -minus_distance, "penalty": penalty}
+        return Loss(total, parts)
 
     def dials(self) -> Mapping[str, Tensor]:
         return {"penalty_weight": self.penalty_weight}
