@@ -78,6 +78,9 @@ class OptimizerConfig(Section):
     name: Literal["adamw", "adam", "sgd", "rmsprop"] = "adamw"
     lr: float = Field(1e-3, gt=0, le=10, description="peak learning rate per step")
     betas: tuple[float, float] = Field((0.9, 0.99), description="decay of the moments (adam, adamw)")
+    beta2_start: float = Field(
+        0.0, ge=0, lt=1, description="second beta at the start of the run, from where it rises; 0 = constant"
+    )
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     momentum: float = Field(0.0, ge=0, lt=1, description="sgd and rmsprop")
@@ -111,6 +114,7 @@ class TrainConfig(Section):
     clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 = no clipping")
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="decay of lr after warm-up")
     warmup_fraction: Fraction = Field(0.02, description="share of the run in which lr rises to its peak")
+    end_lr_ratio: Fraction = Field(0.0, description="lr at the end of the run over its peak (linear, cosine)")
     averages: tuple[AverageConfig, ...] = Field((AverageConfig(),), description="first one is used to draw")
     checkpoint_kimg: float = Field(0.0, ge=0, description="0 = an eighth of the run")
     preview_kimg: float = Field(0.0, ge=0, description="0 = a sixteenth of the run")

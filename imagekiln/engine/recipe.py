@@ -89,7 +89,9 @@ def remarks(recipe: Recipe) -> list[str]:
     for key, one in recipe.optim.items():
         if not one.langevin.temperature:
             continue
-        rate = functools.partial(optim.multiplier, train.schedule, warmup_fraction=train.warmup_fraction)
+        rate = functools.partial(
+            optim.multiplier, train.schedule, warmup_fraction=train.warmup_fraction, end_ratio=train.end_lr_ratio
+        )
         if sentence := optim.anneals_twice(optim.schedule(one.langevin.schedule), rate):
             found.append(f"optim.{key}.langevin: {sentence}")
     return found

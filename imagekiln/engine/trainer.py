@@ -149,9 +149,12 @@ class Trainer:
             return False
         middle = (progress.nimg + self.images_per_step / 2) / self.total_nimg  # of this step, so that none is at 0
         factor = self.state.lr_scale * self.state.doctor.lr.get(phase.optimizer, 1.0)
-        factor *= optim.multiplier(self.config.schedule, middle, self.config.warmup_fraction)
+        factor *= optim.multiplier(self.config.schedule, middle, self.config.warmup_fraction, self.config.end_lr_ratio)
+        one = self.recipe.optim[phase.optimizer]
         for group in optimizer.param_groups:
-            group["lr"] = self.recipe.optim[phase.optimizer].lr * factor
+            group["lr"] = one.lr * factor
+            if one.beta2_start:
+                group["betas"] = one.betas[0], optim.rising(one.beta2_start, one.betas[1], middle)
         self._heat(phase, turn, progress)
         optimizer.step()
         return True

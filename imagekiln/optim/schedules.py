@@ -9,12 +9,12 @@ from imagekiln.errors import RecipeError, did_you_mean
 SCHEDULES = ("constant", "linear", "cosine")
 
 
-def multiplier(schedule: str, fraction: float, warmup_fraction: float = 0.0) -> float:
+def multiplier(schedule: str, fraction: float, warmup_fraction: float = 0.0, end_ratio: float = 0.0) -> float:
     """What the peak learning rate is multiplied with, in [0, 1].
 
-    It rises linearly from 0 to 1 during the first `warmup_fraction` of the run, then stays ("constant") or falls to 0
-    at the end of it, along a line or half a cosine. `fraction` is images seen over images in total, so the schedule
-    does not depend on batch size, accumulation or resumption. Raises `RecipeError` for an unknown name.
+    It rises linearly from 0 to 1 during the first `warmup_fraction` of the run, then stays ("constant") or falls to
+    `end_ratio` at the end of it, along a line or half a cosine. `fraction` is images seen over images in total, so the
+    schedule does not depend on batch size, accumulation or resumption. Raises `RecipeError` for an unknown name.
 
     >>> [round(multiplier("cosine", fraction, 0.2), 3) for fraction in (0.1, 0.2, 0.6, 1.0)]
     [0.5, 1.0, 0.5, 0.0]
@@ -27,4 +27,14 @@ def multiplier(schedule: str, fraction: float, warmup_fraction: float = 0.0) -> 
     if schedule == "constant" or warmup_fraction >= 1:
         return 1.0
     rest = (fraction - warmup_fraction) / (1 - warmup_fraction)
-    return 1 - rest if schedule == "linear" else (1 + math.cos(math.pi * rest)) / 2
+    falling = 1 - rest if schedule == "linear" else (1 + math.cos(math.pi * rest)) / 2
+    return end_ratio + (1 - end_ratio) * falling
+
+
+def rising(start: float, end: float, fraction: float) -> float:
+    """From start to end along half a cosine, as a function of the share of the run that is done.
+
+    >>> rising(0.9, 0.99, 0.0), round(rising(0.9, 0.99, 0.5), 6), rising(0.9, 0.99, 1.0)
+    (0.9, 0.945, 0.99)
+    """
+    return end + (start - end) * (1 + math.cos(math.pi * min(1.0, max(0.0, fraction)))) / 2

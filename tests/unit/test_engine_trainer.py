@@ -53,7 +53,13 @@ class Linear(Family):
         return self.image_shape
 
 
-def trainer(folder: Path, family: Linear | None = None, lr: float = 0.01, **train: object) -> Trainer:
+def trainer(
+    folder: Path,
+    family: Linear | None = None,
+    lr: float = 0.01,
+    optimizer: dict[str, object] | None = None,
+    **train: object,
+) -> Trainer:
     family = family or Linear()
     settings = {
         "batch": 8,
@@ -66,7 +72,7 @@ def trainer(folder: Path, family: Linear | None = None, lr: float = 0.01, **trai
         "clip_norm": 0,
         **train,
     }
-    optim = {phase.optimizer: {"name": "sgd", "lr": lr} for phase in family.phases}
+    optim = {phase.optimizer: {"name": "sgd", "lr": lr, **(optimizer or {})} for phase in family.phases}
     recipe = Recipe.model_validate({"family": {"name": "linear"}, "optim": optim, "train": settings})
     run = Run.create(folder / str(len(list(folder.iterdir()))), write_toml(recipe), {})
     return Trainer(recipe, family, Toy(), Toy(), run, Silent())
@@ -168,6 +174,21 @@ def test_the_schedule_counts_images_not_steps(tmp_path: Path) -> None:
         assert spent == sorted(spent, reverse=True)
     warm = rates(trainer(tmp_path, warmup_fraction=0.5))
     assert warm[:10] == sorted(warm[:10]) and warm[10:] == [pytest.approx(0.01)] * 10
+
+
+def test_the_rate_may_end_above_zero_and_the_second_beta_may_rise(tmp_path: Path) -> None:
+    adam = {"name": "adam", "betas": (0.0, 0.99), "beta2_start": 0.9}
+    made = trainer(tmp_path, optimizer=adam, schedule="linear", end_lr_ratio=0.25)
+    (group,) = [group for group in made.optimizers["net"].param_groups if any(p.ndim == 2 for p in group["params"])]
+    seen = []
+    for _ in range(20):
+        made.step()
+        seen.append((group["lr"], *group["betas"]))
+    rates_, first, second = zip(*seen, strict=True)
+    assert rates_[0] == pytest.approx(0.01 * (1 - 0.75 / 40)) and rates_[-1] == pytest.approx(0.01 * (0.25 + 0.75 / 40))
+    assert set(first) == {0.0} and list(second) == sorted(second)
+    assert second[0] == pytest.approx(0.9, abs=1e-3) and second[-1] == pytest.approx(0.99, abs=1e-3)
+    assert sum(second) / 20 == pytest.approx(0.945)
 
 
 def test_no_gradient_is_longer_than_the_clip(tmp_path: Path) -> None:

@@ -51,3 +51,11 @@ def test_without_warm_up_the_first_step_has_the_peak():
 def test_an_unknown_schedule_is_named_with_the_nearest_known_one():
     with pytest.raises(RecipeError, match="Did you mean 'cosine'"):
         multiplier("cosin", 0.5)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_schedule_may_end_above_zero(schedule):
+    ends = [multiplier(schedule, fraction, 0.1, end_ratio=0.25) for fraction in (0.05, 0.1, 1.0)]
+    assert ends == pytest.approx([0.5, 1.0, 0.25])
+    middle = multiplier(schedule, 0.55, 0.1, end_ratio=0.25)
+    assert middle == pytest.approx(0.25 + 0.75 * multiplier(schedule, 0.55, 0.1)) == pytest.approx(0.625)
