@@ -8,15 +8,18 @@ values of a cut are independent, hence for any metric, whatever interacts in it,
 
 V = mean_s (a_s - b_s)^2 / 4        estimates Var(metric at N / 2) / 2,
 
-which is Var(metric at N) where a variance falls like 1 / N. Two kinds of metric need more than value +- t_S sqrt(V):
+which is Var(metric at N) where a variance falls like 1 / N. Three kinds of metric need more than value +- t_S sqrt(V):
 
 Shares (bounds 0 and 1). Their variance vanishes at both ends, so the interval is Wilson's (1927) with the effective
 number of pictures p (1 - p) / V.
 
-Squared distances (`squared = True`): theta = |delta|^2 in some space, seen through delta + noise. Then Var(theta at N)
-= Q + A, a part Q ~ 1 / N^2 that stays when the sets agree and a part A ~ theta / N, and V = 2 Q + A. The cuts tell them
-apart, since d_s = (a_s + b_s) / 2 - value holds no A: Q = var_s d_s, and its mean is the bias of the value (Hoeffding
-1948 for U-statistics). With tau = value - bias, the interval holds every tau_0 for which
+Functions near their maximum (`quadratic = True`), an entropy for one: beside a part A ~ 1 / N of the variance there is
+a part Q ~ 1 / N^2 of products of pictures, V = 2 Q + A, and d_s = (a_s + b_s) / 2 - value holds no A (Hoeffding 1948
+for U-statistics): Q = var_s d_s and Var(metric at N) = Q + A = V - Q.
+
+Squared distances (`squared = True`): theta = |delta|^2 in some space, seen through delta + noise. Here A ~ theta / N
+depends on what is measured, and the mean of d_s is the bias of the value. With tau = value - bias, the interval holds
+every tau_0 for which
 
 (tau - tau_0)^2 <= t^2 (Q + A max(tau_0, 0) / tau),
 
@@ -95,6 +98,8 @@ def interval(
     elif bounds == (0.0, 1.0):
         low, high = _share(value, variance, min(generated.n, reference.n), reach)
     else:
+        if getattr(metric, "quadratic", False):
+            variance -= min(variance / 2, float(((a_S + b_S) / 2).var()))  # V = 2 Q + A, so Q is at most its half
         low, high = (value + sign * reach * math.sqrt(variance) for sign in (-1, 1))
     return Interval(value, max(bounds[0], low), min(bounds[1], high), math.sqrt(variance))
 

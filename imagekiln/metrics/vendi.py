@@ -76,6 +76,7 @@ class Vendi:
     lower_is_better: bool = False
     ideal: float = 1.0
     bounds: tuple[float, float] = (0.0, float("inf"))
+    quadratic: bool = True  # an entropy is flat where eigenvalues are equal; see `interval`
     min_n: int = 1
 
     def __init__(self, order: float = 1.0) -> None:
