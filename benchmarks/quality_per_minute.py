@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     add("--recipe", default="diffusion", help="our recipe (diffusion)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting laid over our recipe")
     add("--n", type=int, default=5000, help="pictures drawn by each, at most as many as are held out (5000)")
-    add("--peer-evaluations", type=int, default=25, help="network evaluations of the peer's DPM-Solver++ (25)")
+    add("--peer-evaluations", type=int, default=100, help="network evaluations of the peer's own sampler (100)")
     add("--features", choices=("auto", "classifier", "randconv"), default="auto", help="where pictures are compared")
     add("--skip-train", action="store_true", help="only measure what has been trained before")
     add("--name", default="quality-per-minute", help="name of the record (quality-per-minute)")
@@ -246,7 +246,7 @@ def measure_ours(options: argparse.Namespace, seed: int, bench: Bench) -> dict[s
 
 
 def measure_peer(options: argparse.Namespace, seed: int, bench: Bench) -> dict[str, Any]:
-    """Draw with the peer's averaged weights and diffusers' DPM-Solver++, and measure."""
+    """Draw with the peer's averaged weights and its own sampler, and measure."""
     file = _peer_file(options, seed)
     if not file.is_file():
         raise UsageError(f"{file} is missing: the peer of seed {seed} was not trained. Leave --skip-train out.")
@@ -258,12 +258,12 @@ def measure_peer(options: argparse.Namespace, seed: int, bench: Bench) -> dict[s
     def pictures() -> torch.Tensor:
         return loop.draw(_drawing_seeds(count), evaluations, BATCH)
 
-    subject = f"{hash_of(file)}/{evaluations}"
+    subject = f"{hash_of(file)}/ddpm/{evaluations}"
     return {
         "kimg": loop.steps * state["batch"] / 1000,
         "seconds": state["seconds"],
         "parameters": ours.parameters(loop.net),
-        "sampling": {"sampler": "DPMSolverMultistepScheduler", "evaluations": evaluations},
+        "sampling": {"sampler": "DDPMScheduler", "evaluations": evaluations},
         "rows": _measured(bench, count, pictures, None, subject, file.with_suffix(".measured.json")),
     }
 

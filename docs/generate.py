@@ -182,7 +182,9 @@ def settings() -> str:
     ]
     parts = [_settings_of(f"`[{name}]`", model) for name, model in sections]
     for name in registry.names():
-        parts.append(_settings_of(f"`[family]` of {name}", registry.load(name).Config, skip={"name", "sample", "augment"}))
+        parts.append(
+            _settings_of(f"`[family]` of {name}", registry.load(name).Config, skip={"name", "sample", "augment"})
+        )
         options = registry.load(name).Config.model_fields.get("sample")
         if options is not None and isinstance(options.annotation, type):
             parts.append(_settings_of(f"`[family.sample]` of {name}", options.annotation))

@@ -9,7 +9,20 @@ import traceback
 import typer
 
 from imagekiln import __version__, signals
-from imagekiln.cli import compare, demo, doctor, evaluate, export, generate, listing, monitor, prepare, recipe, train
+from imagekiln.cli import (
+    compare,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    listing,
+    monitor,
+    prepare,
+    recipe,
+    train,
+    tune,
+)
 from imagekiln.cli.output import UNKNOWN_ERROR_EXIT, debug_wanted, say
 from imagekiln.errors import ImagekilnError
 
@@ -27,6 +40,7 @@ for verb in (
     demo.demo,
     prepare.prepare,
     train.train,
+    tune.tune,
     generate.generate,
     evaluate.evaluate,
     compare.compare,
