@@ -6,6 +6,7 @@ shows the label that was asked for.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ BATCH = 100
 def judge(dataset: datasets.Dataset, number: int, say: Say) -> Model:
     """A classifier of the set's training split, from the cache or trained now; `number` picks an independent one."""
     recipe = recipes.resolve(JUDGE_RECIPE, {"train": {"seed": number}})
-    key = f"{mix(dataset.fingerprint, write_toml(recipe)):016x}"
+    # A setting that is added to the program later leaves a judge what it is, as long as it has its default.
+    settings = json.dumps(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+    key = f"{mix(dataset.fingerprint, recipe.family.name, settings):016x}"
     run = Run(datasets.cache_folder() / "judges" / key)
     with run.lock():
         if run.status().get("state") != "finished":

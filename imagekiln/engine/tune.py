@@ -111,7 +111,7 @@ class Tuned:
 def tune(
     recipe: str,
     over: Sequence[str],
-    out: Path,
+    out: str | Path,
     train: Train,
     *,
     assignments: Sequence[str] = (),
@@ -143,7 +143,7 @@ def tune(
             f"of {images}. Give a larger --kimg or fewer values."
         )
     first = whole[0].train.seed
-    race = _Race(grid, rungs_kimg, [first + number for number in range(seeds)], out, train, list(assignments))
+    race = _Race(grid, rungs_kimg, [first + number for number in range(seeds)], Path(out), train, list(assignments))
     race.claim(recipe)
     found = race.run(reduction, ranked_by(whole[0].family.name), say or (lambda sentence: None))
     race.write(found.to_json())

@@ -104,7 +104,7 @@ def test_blocks_run(cli, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         elif block.language == "toml":
             recipes.complete(tomllib.loads(block.text))
         elif block.language == "bash":
-            for line in block.text.splitlines():
+            for line in block.text.replace("\\\n", " ").splitlines():
                 _run(cli, block, shlex.split(line, comments=True), tmp_path)
 
 
@@ -191,7 +191,7 @@ def test_flags_exist() -> None:
         known |= set(re.findall(r"--[a-z][a-z-]*", file.read_text(encoding="utf-8")))
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        written = re.sub(r"<!-- records:begin -->.*<!-- records:end -->", "", text, flags=re.S)  # benchmarks' own flags
+        written = re.sub(r"<!-- (records|power):begin -->.*<!-- \1:end -->", "", text, flags=re.S)  # benchmarks' own
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", written):
             assert flag in known, f"{title(page)} names {flag}"
 
