@@ -65,6 +65,28 @@ class Bank:
 
         Needs more than k rows.
         """
+        return self._settled(self.rows_ND, k, *self._candidates(k), same=True)
+
+    def radii(self, k: int) -> Tensor:
+        """Squared distance of every bank row to its k-th nearest other row: the last column of `neighbours`, float64.
+
+        Of the candidates only those are computed again that rounding may have put on the other side of the k-th.
+        """
+        rough_NK, found_NK = self._candidates(k)
+        error_NK = ROUNDING * (self._norm2_N[:, None] + self._norm2_N[found_NK])
+        highest_N = (rough_NK + error_NK)[:, :k].amax(1, keepdim=True)  # k rows are no farther than this,
+        lowest_N = (rough_NK - error_NK)[:, k - 1 :].amin(1, keepdim=True)  # and all but k - 1 no nearer than this
+        nearer_NK, farther_NK = rough_NK + error_NK < lowest_N, rough_NK - error_NK > highest_N
+        row_M, column_M = (~nearer_NK & ~farther_NK).nonzero().unbind(1)
+        exact_NK = torch.full(rough_NK.shape, torch.inf, dtype=torch.float64).masked_fill_(nearer_NK, -torch.inf)
+        exact_NK[row_M, column_M] = self.exact(self.rows_ND, row_M, found_NK[row_M, column_M])
+        radius2_N = exact_NK.kthvalue(k).values
+        for row in self._undecided(self.rows_ND, rough_NK, radius2_N, same=True):
+            radius2_N[row] = self._nearest_exactly(self.rows_ND, row, k, same=True)[0][-1]
+        return radius2_N
+
+    def _candidates(self, k: int) -> tuple[Tensor, Tensor]:
+        """The k rows and a few more that float32 finds nearest to each bank row: distances_NK ascending, indices_NK."""
         num = len(self.rows_ND)
         keep = min(k + SPARE, num - 1)
         rough_NK = torch.full((num, keep), torch.inf)
@@ -78,7 +100,7 @@ class Bank:
             if stop < num:
                 later_MB = distance2_BM[:, stop - start :].T.contiguous()
                 _merge(rough_NK, found_NK, slice(stop, num), later_MB, start)
-        return self._settled(self.rows_ND, k, rough_NK, found_NK, same=True)
+        return rough_NK, found_NK
 
     def exact(self, query_QD: Tensor, query_M: Tensor, bank_M: Tensor) -> Tensor:
         """Squared distances_M float64 of given pairs, free of cancellation."""
@@ -138,12 +160,17 @@ class Bank:
         exact_QK = self.exact(query_QD, row_M, found_QK.flatten()).view(num, keep)
         sorted_QK, order_QK = exact_QK.sort(stable=True)
         near_QK, index_QK = sorted_QK[:, :k].clone(), found_QK.gather(1, order_QK)[:, :k].clone()
-        if len(self.rows_ND) - same > keep:
-            size_Q = self._centred(query_QD).square().sum(1) + self._norm2_N.max()
-            doubtful_Q = rough_QK.amax(1) - ROUNDING * size_Q < near_QK[:, -1]
-            for q in doubtful_Q.nonzero().flatten().tolist():
-                near_QK[q], index_QK[q] = self._nearest_exactly(query_QD, q, k, same)
+        for q in self._undecided(query_QD, rough_QK, near_QK[:, -1], same):
+            near_QK[q], index_QK[q] = self._nearest_exactly(query_QD, q, k, same)
         return near_QK, index_QK
+
+    def _undecided(self, query_QD: Tensor, rough_QK: Tensor, radius2_Q: Tensor, same: bool) -> list[int]:
+        """Query rows that may have a row within their radius which float32 did not find among the nearest."""
+        if len(self.rows_ND) - same <= rough_QK.shape[1]:
+            return []
+        norm2_Q = self._norm2_N if same else self._centred(query_QD).square().sum(1)
+        size_Q = norm2_Q + self._norm2_N.max()
+        return (rough_QK.amax(1) - ROUNDING * size_Q < radius2_Q).nonzero().flatten().tolist()
 
     def _nearest_exactly(self, query_QD: Tensor, row: int, k: int, same: bool) -> tuple[Tensor, Tensor]:
         """The k nearest rows of one query row whose neighbours lie closer together than float32 can tell."""

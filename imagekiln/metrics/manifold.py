@@ -104,8 +104,8 @@ def expected_coverage(num_generated: int, num_reference: int, k: int = NEIGHBOUR
 def _scores(generated: Statistics, reference: Statistics, k: int, num_g: int, num_r: int) -> ManifoldScores:
     """Statistics only ever grow, so the two objects with their sizes are a sound key."""
     real = Bank(reference.features)
-    real_radius2_R = real.neighbours(k)[0][:, -1]
-    fake_radius2_G = Bank(generated.features).neighbours(k)[0][:, -1]
+    real_radius2_R = real.radii(k)
+    fake_radius2_G = Bank(generated.features).radii(k)
     balls_G = torch.zeros(num_g, dtype=torch.int64)
     covered_R, recalled_R = torch.zeros(2, num_r, dtype=torch.bool)
     for start, in_real_BR, in_fake_BR in real.within(generated.features, real_radius2_R, fake_radius2_G):

@@ -180,7 +180,7 @@ def authenticity(found: Search, train: Statistics) -> Authenticity:
     (0.25, 0.5)
     """
     train.require(2, "the authenticity of generated pictures")
-    own_N = Bank(train.features).neighbours(1)[0][:, 0].sqrt()
+    own_N = Bank(train.features).radii(1).sqrt()
     return Authenticity(*(_share(near.distances[:, 0] > own_N[near.indices[:, 0]]) for near in found))
 
 

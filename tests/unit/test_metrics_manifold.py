@@ -8,6 +8,7 @@ import torch
 from imagekiln.errors import DataError, UsageError
 from imagekiln.metrics import Coverage, Density, Precision, Recall, Statistics, expected_coverage, manifold_scores
 from imagekiln.metrics import distances as distances_module
+from imagekiln.metrics.distances import Bank
 from imagekiln.metrics.interval import Halves
 from imagekiln.metrics.manifold import manifold_on_halves
 
@@ -195,3 +196,25 @@ def test_needs_more_than_k_pictures(metric):
 def test_k_must_be_positive():
     with pytest.raises(UsageError, match="k=0"):
         manifold_scores(Statistics.of(normal(6, 2, 0)), Statistics.of(normal(6, 2, 1)), k=0)
+
+
+ROWS = {
+    "normal": lambda g: torch.randn(500, 16, generator=g),
+    "far from the origin": lambda g: torch.randn(400, 8, generator=g) + 1000,
+    "many ties": lambda g: torch.randint(0, 3, (300, 4), generator=g).float(),
+    "fewer rows than candidates": lambda g: torch.randn(7, 3, generator=g),
+    "of very different length": lambda g: (
+        torch.randn(300, 64, generator=g) * torch.rand(300, 1, generator=g).exp() ** 6
+    ),
+    "all the same": lambda g: torch.zeros(50, 3),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_radii_are_those_of_float64(kind, k):
+    rows = ROWS[kind](torch.Generator().manual_seed(0))
+    exact = (rows.double()[:, None] - rows.double()).square().sum(2).fill_diagonal_(torch.inf)
+    expected = exact.topk(k, largest=False).values[:, -1]
+    torch.testing.assert_close(Bank(rows).radii(k), expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(Bank(rows).radii(k), Bank(rows).neighbours(k)[0][:, -1])
