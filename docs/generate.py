@@ -29,6 +29,10 @@ from imagekiln.engine import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_RECORDS = "No results have been recorded yet."
+SHORT_ROWS = 14
+"""A record of more rows is not shown on the first page."""
+
+LONG_RECORDS = "docs/guide/measured.md"
 
 
 def pages() -> dict[Path, str]:
@@ -54,10 +58,27 @@ def _filled(match: re.Match[str]) -> str:
 
 def records(folder: Path = ROOT / "records") -> str:
     """The newest record of every name: where it comes from, its rows, its notes. What a record lacks stays away."""
+    newest = _newest(folder)
+    return "\n\n".join(_shown_record(name, newest[name]) for name in sorted(newest)) or NO_RECORDS
+
+
+def short_records(folder: Path = ROOT / "records") -> str:
+    """The records of few rows, and the names of the others, which have a page."""
+    newest = _newest(folder)
+    short = [name for name in sorted(newest) if len(newest[name]["rows"]) <= SHORT_ROWS]
+    shown = [_shown_record(name, newest[name]) for name in short]
+    others = ", ".join(f"**{name}**" for name in sorted(newest) if name not in short)
+    return (
+        "\n\n".join([*shown, *([f"Longer ones on [their page]({LONG_RECORDS}): {others}."] if others else [])])
+        or NO_RECORDS
+    )
+
+
+def _newest(folder: Path) -> dict[str, dict[str, Any]]:
     newest: dict[str, dict[str, Any]] = {}
     for record in sorted(filter(None, map(_record, folder.glob("*.json"))), key=lambda record: str(record.get("date"))):
         newest[str(record.get("name"))] = record
-    return "\n\n".join(_shown_record(name, newest[name]) for name in sorted(newest)) or NO_RECORDS
+    return newest
 
 
 def _record(path: Path) -> dict[str, Any] | None:
@@ -237,6 +258,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
 
 PARTS = {
     "records": records,
+    "highlights": short_records,
     "families": families,
     "recipes": package_recipes,
     "exits": exit_codes,
