@@ -1,4 +1,6 @@
-"""Does Langevin noise help a training? Eight tasks, the strongest controls, paired intervals: wins, ties and losses.
+"""Does Langevin noise help a training?
+
+Eight tasks, the strongest controls, paired intervals: wins, ties and losses.
 
     a  case study of articles, CIFAR-10     b    few pictures            c20 c40  wrong labels
     d  deep plain network, bad start        e    characters of a text    f        tiny GAN
