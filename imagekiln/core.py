@@ -8,6 +8,7 @@ Shapes: B images, C channels, H rows, W columns.
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -214,6 +215,15 @@ def mix(*keys: int | str) -> int:
     """
     text = "\x1f".join(f"{type(key).__name__}:{key}" for key in keys)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def half_cosine(start: float, end: float, fraction: float) -> float:
+    """From start to end along half a cosine, as a function of the share of the run that is done.
+
+    >>> half_cosine(2.0, 0.2, 0.0), round(half_cosine(2.0, 0.2, 0.5), 6), half_cosine(2.0, 0.2, 1.0)
+    (2.0, 1.1, 0.2)
+    """
+    return end + (start - end) * (1 + math.cos(math.pi * min(1.0, max(0.0, fraction)))) / 2
 
 
 def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:

@@ -35,7 +35,7 @@ def demo(
     report = write(run)
     text = (
         f"{table(rows)}\n\nDone in {duration(time.monotonic() - started)}.\n"
-        f"Pictures: {drawn.grid}\nReport:   {report}\n"
+        f"Pictures: {drawn.grid}\nReport:   {report}, which says what every number means\n"
         f"Yours:    imagekiln train diffusion --data YOUR_PICTURES --minutes 20"
     )
     facts = {

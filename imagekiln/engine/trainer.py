@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from imagekiln import native, optim, signals
 from imagekiln.config import Recipe
-from imagekiln.core import Family, Phase, Progress, Source, mix
+from imagekiln.core import Family, Phase, Progress, Source, half_cosine, mix
 from imagekiln.data import Loader
 from imagekiln.engine import checkpoint, device, pictures, validation
 from imagekiln.engine.doctor import Doctor
@@ -154,7 +154,7 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = one.lr * factor
             if one.beta2_start:
-                group["betas"] = one.betas[0], optim.rising(one.beta2_start, one.betas[1], middle)
+                group["betas"] = one.betas[0], half_cosine(one.beta2_start, one.betas[1], middle)
         self._heat(phase, turn, progress)
         optimizer.step()
         return True

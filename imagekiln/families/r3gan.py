@@ -22,12 +22,11 @@ from pydantic import Field
 from torch import Tensor
 
 from imagekiln.config import AugmentConfig, FamilyConfig
-from imagekiln.core import Batch, Condition, Family, Loss, Phase, Progress
+from imagekiln.core import Batch, Condition, Family, Loss, Phase, Progress, half_cosine
 from imagekiln.nets.augmentation import Augmentation
 from imagekiln.nets.r3gan import (
     Discriminator,
     Generator,
-    falling,
     penalized_logits,
     relativistic_critic,
     relativistic_generator,
@@ -107,7 +106,7 @@ class R3Gan(Family):
 
     def _gamma(self, progress: Progress) -> Tensor | float:
         """The weight of this moment: the schedule of the settings, as many times as strong as `gamma` was turned up."""
-        scheduled = falling(self.config.gamma, self.config.gamma_end, progress.fraction)
+        scheduled = half_cosine(self.config.gamma, self.config.gamma_end, progress.fraction)
         return scheduled * (self.gamma / self.config.gamma) if self.config.gamma else scheduled
 
     @torch.no_grad()

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, conv_transpose2d, grid_sample
 
 from imagekiln.config import AugmentConfig
+from imagekiln.core import half_cosine
 from imagekiln.errors import RecipeError, did_you_mean
 
 DIFFAUGMENT = ("color", "translation", "cutout")
@@ -150,7 +151,7 @@ class Augmentation(nn.Module):
     def adapt(self, fraction: float) -> None:
         """Move p; to be called once after every training step. fraction: share of the run that is done."""
         if self.config.policy == "ramp":
-            self.p.fill_(self.start + (self.config.largest - self.start) * (1 - math.cos(math.pi * fraction)) / 2)
+            self.p.fill_(half_cosine(self.start, self.config.largest, fraction))
         if self.config.policy == "ada":
             due = self.judged >= INTERVAL_NIMG
             share = self.judged / (self.config.speed_kimg * 1000)

@@ -35,6 +35,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from imagekiln.errors import RecipeError
 from imagekiln.nets.labels import LabelEmbedding
 from imagekiln.nets.resnet_gan import LARGEST_FLAT, block_channels, critic_plan, doublings
+from imagekiln.nets.stabilizers import initialize_weight
 
 Init = Literal["orthogonal", "normal", "xavier"]
 """Initial weights: orthogonal matrices, N(0, 0.02), or Glorot's uniform distribution."""
@@ -93,7 +94,7 @@ class ConditionalNorm(nn.Module):
         self.bias = _linear(vector_dim, channels, init, bias=False) if vector_dim else None
         self.labels = LabelEmbedding(num_classes, 2 * channels) if num_classes else None
         if self.labels is not None:
-            _initialise(self.labels.table.weight, init)
+            initialize_weight(self.labels.table.weight, init)
 
     def forward(self, x_BCHW: Tensor, vector_BV: Tensor | None, labels_B: Tensor | None) -> Tensor:
         """x_BCHW, normalised, scaled and shifted."""
@@ -176,7 +177,7 @@ class Generator(nn.Module):
         self.chunks = _chunks(z_dim, count + 1) if hierarchical else [z_dim]
         self.shared = LabelEmbedding(num_classes, shared_dim) if num_classes and shared_dim else None
         if self.shared is not None:
-            _initialise(self.shared.table.weight, init)
+            initialize_weight(self.shared.table.weight, init)
         vector_dim = (self.chunks[-1] if hierarchical else 0) + (shared_dim if self.shared is not None else 0)
         tables = num_classes if self.shared is None and not hierarchical else 0
         if num_classes and hierarchical and not shared_dim:
@@ -245,7 +246,7 @@ class Discriminator(nn.Module):
         self.head = _linear(features, 1, init)
         self.labels = LabelEmbedding(num_classes, features) if num_classes else None
         if self.labels is not None:
-            _initialise(self.labels.table.weight, init)
+            initialize_weight(self.labels.table.weight, init)
             spectral_norm(self.labels.table)
 
     def forward(self, images_BCHW: Tensor, labels_B: Tensor | None = None) -> Tensor:
@@ -306,15 +307,6 @@ def _chunks(z_dim: int, count: int) -> list[int]:
     return [z_dim - (count - 1) * (z_dim // count), *[z_dim // count] * (count - 1)]
 
 
-def _initialise(weight: Tensor, init: Init) -> None:
-    if init == "orthogonal":
-        nn.init.orthogonal_(weight)
-    elif init == "normal":
-        nn.init.normal_(weight, 0.0, 0.02)
-    else:
-        nn.init.xavier_uniform_(weight)
-
-
 def _conv(before: int, after: int, init: Init, *, kernel: int = 3, bias: bool = True) -> nn.Module:
     return _normalised(nn.Conv2d(before, after, kernel, padding=kernel // 2, bias=bias), init)
 
@@ -325,7 +317,7 @@ def _linear(before: int, after: int, init: Init, *, bias: bool = True) -> nn.Mod
 
 def _normalised(layer: nn.Conv2d | nn.Linear, init: Init) -> nn.Module:
     """Initialised first: spectral normalisation starts its power iteration from the weights it finds."""
-    _initialise(layer.weight, init)
+    initialize_weight(layer.weight, init)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return spectral_norm(layer)

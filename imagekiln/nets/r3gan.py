@@ -229,15 +229,6 @@ def penalized_logits(critic: Callable[[Tensor], Tensor], images_BCHW: Tensor) ->
         return logits_B, slopes_BCHW.square().sum((1, 2, 3))
 
 
-def falling(start: float, end: float, fraction: float) -> float:
-    """Half a cosine from start to end as `fraction` goes from 0 to 1 (R3GAN, appendix C).
-
-    >>> falling(2.0, 0.2, 0.0), round(falling(2.0, 0.2, 0.5), 6), falling(2.0, 0.2, 1.0)
-    (2.0, 1.1, 0.2)
-    """
-    return end + (start - end) * (1 + math.cos(math.pi * fraction)) / 2
-
-
 def plan(
     image_shape: tuple[int, int, int], width: int, widest: int, expansion: int, group: int
 ) -> tuple[list[int], tuple[int, int]]:

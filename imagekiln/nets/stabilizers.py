@@ -162,6 +162,20 @@ def fading(start: float, fraction: float) -> float:
 # -- the start --------------------------------------------------------------------------------------------------------
 
 
+def initialize_weight(weight: Tensor, scheme: Scheme) -> None:
+    """Set one weight, in place, by a scheme of `initialize`; raises `UsageError` for an unknown one."""
+    if scheme == "orthogonal":
+        nn.init.orthogonal_(weight)
+    elif scheme == "normal":
+        nn.init.normal_(weight, 0.0, 0.02)
+    elif scheme == "xavier":
+        nn.init.xavier_uniform_(weight)
+    elif scheme == "he":
+        nn.init.kaiming_normal_(weight, nonlinearity="relu")
+    else:
+        raise UsageError(f"No initialisation is called {scheme!r}: choose orthogonal, normal, xavier or he.")
+
+
 @torch.no_grad()
 def initialize(module: nn.Module, scheme: Scheme) -> nn.Module:
     """Set the weights of all linear layers, convolutions and embeddings in a module, biases to zero; the module itself.
@@ -183,16 +197,7 @@ def initialize(module: nn.Module, scheme: Scheme) -> nn.Module:
                 f"The layer {name or type(layer).__name__!r} has a computed weight (such as a spectrally normalised "
                 "one): initialise it before that."
             )
-        if scheme == "orthogonal":
-            nn.init.orthogonal_(layer.weight)
-        elif scheme == "normal":
-            nn.init.normal_(layer.weight, 0.0, 0.02)
-        elif scheme == "xavier":
-            nn.init.xavier_uniform_(layer.weight)
-        elif scheme == "he":
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        else:
-            raise UsageError(f"No initialisation is called {scheme!r}: choose orthogonal, normal, xavier or he.")
+        initialize_weight(layer.weight, scheme)
         bias = getattr(layer, "bias", None)
         if bias is not None:
             nn.init.zeros_(bias)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from imagekiln.nets.equalized import ACTIVATION_GAIN, EPSILON, Blur, EqualConv2d, EqualLinear, leaky
 from imagekiln.nets.pggan import TAPS, doubled, plan, stage_at
-from imagekiln.nets.stylegan2 import AVERAGE_DECAY, Mapping
+from imagekiln.nets.stylegan2 import StyleDriven
 
 
 def instance_norm(x_BCHW: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class Styled(nn.Module):
         return self.adain(leaky(x_BCHW + shift_BCHW.to(x_BCHW.dtype), gain=1), style_BZ)
 
 
-class Generator(nn.Module):
+class Generator(StyleDriven):
     """From latent vectors to styles (`mapping`), and from styles and noise to pictures (`synthesize`).
 
     z_dim: length of z and of the styles. num_classes: 0 for a generator without labels. Other arguments and `level` as
@@ -103,7 +103,6 @@ class Generator(nn.Module):
     """
 
     level: Tensor
-    mean_style: Tensor
 
     def __init__(
         self,
@@ -115,13 +114,10 @@ class Generator(nn.Module):
         num_classes: int = 0,
         grow_from: int = 4,
     ) -> None:
-        super().__init__()
-        self.plan = plan(image_shape, width, widest, grow_from)
-        channels, (height, side), first = self.plan
-        self.z_dim, self.num_styles = z_dim, 2 * len(channels)
+        channels, (height, side), first = planned = plan(image_shape, width, widest, grow_from)
+        super().__init__(z_dim, 2 * len(channels), mapping_layers, num_classes)
+        self.plan = planned
         self.register_buffer("level", torch.tensor(float(first)))
-        self.register_buffer("mean_style", torch.zeros(z_dim))
-        self.mapping = Mapping(z_dim, z_dim, mapping_layers, num_classes)
         self.constant = nn.Parameter(torch.ones(channels[0], height, side))
         self.layers = nn.ModuleList([Styled(0, channels[0], z_dim), Styled(channels[0], channels[0], z_dim)])
         for before, after in pairwise(channels):
@@ -141,14 +137,13 @@ class Generator(nn.Module):
     ) -> Tensor:
         """images_BCHW, around [-1, 1], from all that is random of a picture: standard normal (B, noise_size).
 
-        truncation: the styles of the first `truncated` places (None = all) are moved to
-        mean + truncation * (style - mean) (appendix B): below 1 more typical pictures, and less different ones.
+        truncation: of the styles of the first `truncated` places (None = all), see `pulled`.
         """
         style_BZ = self.mapping(noise_BN[:, : self.z_dim], labels_B)
         styles_BLZ = style_BZ[:, None].expand(-1, self.num_styles, -1)
         if truncation != 1:
-            typical_BZ = self.mean_style + truncation * (style_BZ - self.mean_style)
             count = self.num_styles if truncated is None else truncated
+            typical_BZ = self.pulled(style_BZ, truncation)
             styles_BLZ = self.mixed(typical_BZ, style_BZ, torch.full((len(style_BZ),), count, device=style_BZ.device))
         return self.synthesize(styles_BLZ, noise_BN[:, self.z_dim :], level=level)
 
@@ -170,18 +165,6 @@ class Generator(nn.Module):
     def styles_at(self, level: float) -> int:
         """Places a style enters in the layers that are in use."""
         return 2 * stage_at(level)[0] + 2
-
-    def mixed(self, first_BZ: Tensor, second_BZ: Tensor, crossover_B: Tensor) -> Tensor:
-        """styles_BLZ that are the first up to place `crossover` and the second from there on."""
-        place_L = torch.arange(self.num_styles, device=first_BZ.device)
-        use_first_BL = place_L < crossover_B[:, None]
-        return torch.where(use_first_BL[:, :, None], first_BZ[:, None], second_BZ[:, None])
-
-    @torch.no_grad()
-    def track(self, styles_BZ: Tensor) -> None:
-        """Move the mean of the styles, which truncation pulls to, a little towards these."""
-        moved = self.mean_style.lerp(styles_BZ.detach().mean(0).to(self.mean_style), 1 - AVERAGE_DECAY)
-        self.mean_style.copy_(torch.where(moved.isfinite(), moved, self.mean_style))
 
     def _picture(self, x_BCHW: Tensor, stage: int) -> Tensor:
         """float32 at least, so that fading is exact."""

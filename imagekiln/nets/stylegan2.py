@@ -85,6 +85,42 @@ class Mapping(nn.Module):
         return x_BZ
 
 
+class StyleDriven(nn.Module):
+    """What generators with styles share: the mapping network, the mean of its styles, and styles by place.
+
+    z_dim: length of z and of the styles. num_styles: places a style enters. The rest as for `Mapping`.
+
+    >>> net = StyleDriven(4, 3, 1, 0)
+    >>> net.track(torch.ones(2, 4))
+    >>> net.pulled(torch.ones(1, 4), truncation=0.0).allclose(net.mean_style)
+    True
+    """
+
+    mean_style: Tensor
+
+    def __init__(self, z_dim: int, num_styles: int, mapping_layers: int, num_classes: int) -> None:
+        super().__init__()
+        self.z_dim, self.num_styles = z_dim, num_styles
+        self.mapping = Mapping(z_dim, z_dim, mapping_layers, num_classes)
+        self.register_buffer("mean_style", torch.zeros(z_dim))
+
+    def pulled(self, style_BZ: Tensor, truncation: float) -> Tensor:
+        """mean + truncation * (style - mean) (StyleGAN, appendix B): below 1 more typical, and less different."""
+        return self.mean_style + truncation * (style_BZ - self.mean_style)
+
+    def mixed(self, first_BZ: Tensor, second_BZ: Tensor, crossover_B: Tensor) -> Tensor:
+        """styles_BLZ that are the first up to place `crossover` and the second from there on."""
+        place_L = torch.arange(self.num_styles, device=first_BZ.device)
+        use_first_BL = place_L < crossover_B[:, None]
+        return torch.where(use_first_BL[:, :, None], first_BZ[:, None], second_BZ[:, None])
+
+    @torch.no_grad()
+    def track(self, styles_BZ: Tensor) -> None:
+        """Move the mean of the styles, which truncation pulls to, a little towards these."""
+        moved = self.mean_style.lerp(styles_BZ.detach().mean(0).to(self.mean_style), 1 - AVERAGE_DECAY)
+        self.mean_style.copy_(torch.where(moved.isfinite(), moved, self.mean_style))
+
+
 class ModulatedConv2d(nn.Module):
     """A convolution whose input channels are scaled by a style, and whose output is brought back to unit variance.
 
@@ -153,7 +189,7 @@ class ToPicture(nn.Module):
         return y_BCHW.to(self.bias.dtype) + self.bias[:, None, None]
 
 
-class Generator(nn.Module):
+class Generator(StyleDriven):
     """From latent vectors to styles (`mapping`), and from styles and noise to pictures (`synthesize`).
 
     z_dim: length of z and of the styles. width, widest: channels, see above. num_classes: 0 for a generator without
@@ -166,8 +202,6 @@ class Generator(nn.Module):
     torch.Size([2, 3, 28, 28])
     """
 
-    mean_style: Tensor
-
     def __init__(
         self,
         z_dim: int,
@@ -177,11 +211,9 @@ class Generator(nn.Module):
         mapping_layers: int = 2,
         num_classes: int = 0,
     ) -> None:
-        super().__init__()
-        channels, self.base = plan(image_shape, width, widest)
-        self.z_dim, self.num_styles = z_dim, 2 * len(channels)
-        self.mapping = Mapping(z_dim, z_dim, mapping_layers, num_classes)
-        self.register_buffer("mean_style", torch.zeros(z_dim))
+        channels, base = plan(image_shape, width, widest)
+        super().__init__(z_dim, 2 * len(channels), mapping_layers, num_classes)
+        self.base = base
         self.constant = nn.Parameter(torch.randn(channels[0], *self.base))
         self.layers = nn.ModuleList([Styled(channels[0], channels[0], z_dim)])
         for before, after in pairwise(channels):
@@ -195,12 +227,11 @@ class Generator(nn.Module):
     def forward(self, noise_BN: Tensor, labels_B: Tensor | None = None, truncation: float = 1.0) -> Tensor:
         """images_BCHW, around [-1, 1], from all that is random of a picture: standard normal (B, noise_size).
 
-        truncation: styles are moved to mean + truncation * (style - mean) (StyleGAN, section B): below 1 more typical
-        pictures, and less different ones.
+        truncation: of all styles, see `pulled`.
         """
         style_BZ = self.mapping(noise_BN[:, : self.z_dim], labels_B)
         if truncation != 1:
-            style_BZ = self.mean_style + truncation * (style_BZ - self.mean_style)
+            style_BZ = self.pulled(style_BZ, truncation)
         return self.synthesize(style_BZ[:, None].expand(-1, self.num_styles, -1), noise_BN[:, self.z_dim :])
 
     def synthesize(self, styles_BLZ: Tensor, noise_BN: Tensor) -> Tensor:
@@ -217,18 +248,6 @@ class Generator(nn.Module):
                 added_BCHW = self.pictures[index // 2](x_BCHW, styles_BLZ[:, index + 1])
                 picture_BCHW = added_BCHW if picture_BCHW is None else self.blur.up(picture_BCHW) + added_BCHW
         return picture_BCHW  # type: ignore[return-value]  # there is always a first layer
-
-    def mixed(self, first_BZ: Tensor, second_BZ: Tensor, crossover_B: Tensor) -> Tensor:
-        """styles_BLZ that are the first up to place `crossover` and the second from there on."""
-        place_L = torch.arange(self.num_styles, device=first_BZ.device)
-        use_first_BL = place_L < crossover_B[:, None]
-        return torch.where(use_first_BL[:, :, None], first_BZ[:, None], second_BZ[:, None])
-
-    @torch.no_grad()
-    def track(self, styles_BZ: Tensor) -> None:
-        """Move the mean of the styles, which truncation pulls to, a little towards these."""
-        moved = self.mean_style.lerp(styles_BZ.detach().mean(0).to(self.mean_style), 1 - AVERAGE_DECAY)
-        self.mean_style.copy_(torch.where(moved.isfinite(), moved, self.mean_style))
 
 
 class Halving(nn.Module):

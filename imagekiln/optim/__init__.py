@@ -10,7 +10,7 @@ from imagekiln.optim.ema import Average
 from imagekiln.optim.gradient_noise import gradient_noise
 from imagekiln.optim.langevin import describe, langevin, place
 from imagekiln.optim.samplers import BAOAB, SGHMC, SGLD, LeimkuhlerMatthews
-from imagekiln.optim.schedules import multiplier, rising
+from imagekiln.optim.schedules import multiplier
 from imagekiln.optim.temperature import anneals_twice, schedule
 from imagekiln.optim.thermometer import Verdict, verify
 
@@ -33,7 +33,6 @@ __all__ = [
     "langevin",
     "multiplier",
     "place",
-    "rising",
     "schedule",
     "verify",
 ]

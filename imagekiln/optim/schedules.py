@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
+from imagekiln.core import half_cosine
 from imagekiln.errors import RecipeError, did_you_mean
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -27,14 +26,4 @@ def multiplier(schedule: str, fraction: float, warmup_fraction: float = 0.0, end
     if schedule == "constant" or warmup_fraction >= 1:
         return 1.0
     rest = (fraction - warmup_fraction) / (1 - warmup_fraction)
-    falling = 1 - rest if schedule == "linear" else (1 + math.cos(math.pi * rest)) / 2
-    return end_ratio + (1 - end_ratio) * falling
-
-
-def rising(start: float, end: float, fraction: float) -> float:
-    """From start to end along half a cosine, as a function of the share of the run that is done.
-
-    >>> rising(0.9, 0.99, 0.0), round(rising(0.9, 0.99, 0.5), 6), rising(0.9, 0.99, 1.0)
-    (0.9, 0.945, 0.99)
-    """
-    return end + (start - end) * (1 + math.cos(math.pi * min(1.0, max(0.0, fraction)))) / 2
+    return 1 - (1 - end_ratio) * rest if schedule == "linear" else half_cosine(1.0, end_ratio, rest)

@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from imagekiln.core import half_cosine
 from imagekiln.errors import UsageError, did_you_mean
 
 Schedule = Callable[[float], float]
@@ -44,7 +45,7 @@ def cosine() -> Schedule:
     >>> round(cosine()(0.5), 12)
     0.5
     """
-    return lambda progress: (1 + math.cos(math.pi * _clamped(progress))) / 2
+    return lambda progress: half_cosine(1.0, 0.0, _clamped(progress))
 
 
 def polynomial(power: float = 2.0) -> Schedule:

@@ -59,7 +59,12 @@ _ABOUT_COVERAGE = "Share of held-out pictures with a drawn one close by. A fall 
 def _levels(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Line]:
     levels = [name for name in names if "@" in name and "[" not in name]
     return [
-        Line(f"noise {name.rsplit('@', 1)[1]}", _points(rows, f"validation/{name}"), COLOURS[index % len(COLOURS)])
+        Line(
+            f"noise {name.rsplit('@', 1)[1]}",
+            _points(rows, f"validation/{name}"),
+            COLOURS[index % len(COLOURS)],
+            dashed=index >= len(COLOURS),  # where colours begin again
+        )
         for index, name in enumerate(levels)
     ]
 

@@ -59,7 +59,8 @@ MEANINGS = {
     ),
     "copies_per_thousand": (
         "Copies in a thousand",
-        "Drawn pictures nearer to a training picture than 99 % of new real ones are, less the ten expected by chance.",
+        "Drawn pictures nearer to a training picture than 99 % of new real ones are, less the ten expected by chance; "
+        "below 0 there are fewer than that.",
     ),
     "copy_test": (
         "Test for copying",

@@ -326,6 +326,13 @@ def test_a_log_scale_is_taken_where_it_helps(tmp_path):
     assert "100" not in numerals(1.2) and {"1", "1.5", "2"} <= set(numerals(1.2))
 
 
+def test_no_two_noise_levels_look_alike():
+    names = [f"validation/learn@{level}" for level in range(8)]
+    rows = [{"nimg": step, **dict.fromkeys(names, 1.0 / step)} for step in range(1, 5)]
+    (chart,) = [chart for chart in curves.charts(rows) if "noise level" in chart.title]
+    assert len({(line.colour, line.dashed) for line in chart.lines}) == 8
+
+
 def test_charts_of_few_points_are_left_out():
     rows = [{"nimg": i, "a/loss": 1.0, "lr": 0.1} for i in range(curves.FEWEST_POINTS)]
     assert [chart.title for chart in curves.charts(rows)] == ["Loss", "Learning rate"]
