@@ -9,6 +9,20 @@ import typer
 
 from imagekiln.cli.output import DebugOption, DeviceOption, JsonOption, answer, progress
 
+TruncationOption = Annotated[
+    float | None, typer.Option("--truncation", help="Less varied, more typical; for some GANs (0.7).")
+]
+WalkOption = Annotated[
+    int,
+    typer.Option("--interpolate", metavar="FRAMES", help="Walk through the pictures, FRAMES from each to the next."),
+]
+MixOption = Annotated[
+    int, typer.Option("--mix", metavar="M", help="Table: coarse styles of the pictures, fine ones of M more.")
+]
+CrossoverOption = Annotated[
+    int | None, typer.Option("--crossover", help="Places with the coarse style [default: half of them].")
+]
+
 
 def generate(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
@@ -19,6 +33,12 @@ def generate(
     steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps (diffusion).")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", help="1 = none (diffusion with labels).")] = None,
     sampler: Annotated[str | None, typer.Option("--sampler", help="dpmpp_2m, heun, euler or ddim.")] = None,
+    truncation: TruncationOption = None,
+    grid: Annotated[str, typer.Option("--grid", help="plain, or class: a row a class with its name.")] = "plain",
+    interpolate: WalkOption = 0,
+    fps: Annotated[float, typer.Option("--fps", help="Frames a second of the walk.")] = 20.0,
+    mix: MixOption = 0,
+    crossover: CrossoverOption = None,
     options: Annotated[list[str] | None, typer.Option("--option", help="Another one, as name=value.")] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures at a time.")] = 64,
     nimg: Annotated[int | None, typer.Option("--nimg", help="Weights after that many images.")] = None,
@@ -27,7 +47,10 @@ def generate(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Draw pictures: OUT/000000.png ... at the model's own size, and OUT/grid.png."""
+    """Draw pictures: OUT/000000.png ... at the model's own size, and OUT/grid.png.
+
+    With --interpolate also OUT/walk.png and OUT/strip.png, with --mix OUT/mix.png.
+    """
     from imagekiln import api
     from imagekiln.config import override
 
@@ -41,11 +64,18 @@ def generate(
         nimg=nimg,
         average=average,
         device_name=device,
+        grid=grid,
+        interpolate=interpolate,
+        fps=fps,
+        mix=mix,
+        crossover=crossover,
         progress=progress("Drawing"),
         steps=steps,
         guidance=guidance,
         sampler=sampler,
+        truncation=truncation,
         **override({}, options or []),
     )
-    text = f"Drew {len(drawn.pictures)} pictures with {drawn.weights.name}: {drawn.grid}"
-    answer(text, {"pictures": drawn.pictures, "grid": drawn.grid, "weights": drawn.weights}, as_json)
+    sheets = {key: path for key in ("grid", "walk", "strip", "mix") if (path := getattr(drawn, key)) is not None}
+    text = f"Drew {len(drawn.pictures)} pictures with {drawn.weights.name}: {', '.join(map(str, sheets.values()))}"
+    answer(text, {"pictures": drawn.pictures, **sheets, "weights": drawn.weights}, as_json)

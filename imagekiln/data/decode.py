@@ -10,6 +10,7 @@ Shapes: H rows, W columns, C channels, A the four channels red, green, blue, alp
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import stat
@@ -19,8 +20,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
-from pathlib import Path
-from typing import BinaryIO, Literal
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError
@@ -45,10 +46,44 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SPANS = {  # which span of the upright picture becomes its columns, and which its rows
+    Image.Transpose.FLIP_LEFT_RIGHT: ("end-x", "start-y"),
+    Image.Transpose.ROTATE_180: ("end-x", "end-y"),
+    Image.Transpose.FLIP_TOP_BOTTOM: ("start-x", "end-y"),
+    Image.Transpose.TRANSPOSE: ("start-y", "start-x"),
+    Image.Transpose.ROTATE_270: ("end-y", "start-x"),
+    Image.Transpose.TRANSVERSE: ("end-y", "end-x"),
+    Image.Transpose.ROTATE_90: ("start-y", "end-x"),
+}
+_SIDEWAYS = {turn for turn, spans in _SPANS.items() if spans[0].endswith("y")}
+_ENDINGS = {
+    **dict.fromkeys((".jpg", ".jpeg"), "JPEG"),
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".gif": "GIF",
+}
+_GPS = 0x8825
+_EXTENT = "extent"
 
 
 class Unusable(Exception):
     """A file that is not a usable picture; the text is the plain reason, such as `truncated` or `empty file`."""
+
+
+class Opened(NamedTuple):
+    """A decoded picture, what was noticed on the way, and height and width of the upright picture in the file.
+
+    notes: some of "turned" (by EXIF), "place" (EXIF says where it was taken), "profile" (an ICC profile other than
+    sRGB), "cmyk", "deep" (more than 8 bits a channel), "frames" (several; the first is taken), "extension" (named as
+    another format than it is).
+    """
+
+    image: Image.Image
+    notes: frozenset[str]
+    height: int
+    width: int
 
 
 def open_safely(file: Path | BinaryIO, *, max_pixels: int = MAX_PIXELS, short_side: int = 0) -> Image.Image:
@@ -56,25 +91,45 @@ def open_safely(file: Path | BinaryIO, *, max_pixels: int = MAX_PIXELS, short_si
 
     file: a path, or a seekable binary stream.
     short_side: a JPEG may be decoded at a half, a quarter or an eighth as long as its short side keeps twice this many
-        pixels; 0 decodes at full size.
+        pixels; 0 decodes at full size. Which part of the result is the picture then says `extent`.
 
     Raises `Unusable` with a plain reason for everything that is not a whole, sane picture.
     """
+    return open_noted(file, max_pixels=max_pixels, short_side=short_side).image
+
+
+def open_noted(file: Path | BinaryIO, *, name: str = "", max_pixels: int = MAX_PIXELS, short_side: int = 0) -> Opened:
+    """Like `open_safely`, with what was noticed. name: the file's own, to compare its ending with the content."""
     with _reasons(file) as stream:
         image = _identify(stream, max_pixels)
         with _large if image.width * image.height > _ONE_AT_A_TIME else nullcontext():
             if image.format == "PNG":
                 image.verify()  # Pillow's decoder skips the checksums of the pixel data; only this reads them
                 image = _identify(stream, max_pixels)
+            whole, frames = image.size, _has_frames(image)
             if short_side:
                 image.draft(None, (2 * short_side, 2 * short_side))
             image.load()
             turn = _TURNS.get(_orientation(image))  # after load: Pillow turns some TIFFs itself while loading
+            notes, box = _notes(image, name) | frames, _covered(whole, image.size)
+            notes |= frozenset() if turn is None else {"turned"}
             image = _eight_bit_srgb(image)
             if turn is not None:
-                image = image.transpose(turn)
+                box, image = _turned(box, image.size, turn), image.transpose(turn)
             image.info.clear()
-            return image
+            if box != (0, 0, *image.size):
+                image.info[_EXTENT] = box
+            sideways = turn in _SIDEWAYS
+            return Opened(image, notes, whole[0] if sideways else whole[1], whole[1] if sideways else whole[0])
+
+
+def extent(image: Image.Image) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of the picture inside `image`, in its pixels.
+
+    A JPEG decoded at an eighth of 1,001 pixels has 126, the last of which is mostly padding: the picture ends at
+    125.125. Whoever resizes the whole 126 moves everything by up to a pixel (30 dB instead of 50).
+    """
+    return image.info.get(_EXTENT, (0, 0, *image.size))
 
 
 def open_own(path: Path) -> Image.Image:
@@ -109,19 +164,15 @@ def fit(
     [[255, 255, 255], [255, 0, 0]]
     """
     height, width = size
-    scale = (max if how == "crop" else min)(height / image.height, width / image.width)
+    left, top, right, bottom = extent(image)
+    scale = (max if how == "crop" else min)(height / (bottom - top), width / (right - left))
     if how == "crop":
         inner = (width, height)
-        left, top = (image.width - width / scale) / 2, (image.height - height / scale) / 2
-        box = (
-            max(0.0, left),
-            max(0.0, top),
-            min(image.width, image.width - left),
-            min(image.height, image.height - top),
-        )
+        aside, above = max(0.0, (right - left - width / scale) / 2), max(0.0, (bottom - top - height / scale) / 2)
+        box = (left + aside, top + above, right - aside, bottom - above)
     else:
-        inner = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        box = (0, 0, image.width, image.height)
+        inner = (max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale)))
+        box = (left, top, right, bottom)
     resized = image.resize(inner, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
     pixels_HWA = np.zeros((height, width, 4), np.uint8)
     top, left = (height - inner[1]) // 2, (width - inner[0]) // 2
@@ -199,6 +250,51 @@ def _identify(stream: BinaryIO, max_pixels: int) -> Image.Image:
     if long > MAX_ASPECT * short:
         raise Unusable(f"{image.width}x{image.height} is narrower than 1:{MAX_ASPECT}")
     return image
+
+
+def _has_frames(image: Image.Image) -> frozenset[str]:
+    """{"frames"} for an animation or a file of several pages; asked before loading, because a GIF seeks for it."""
+    try:
+        return frozenset({"frames"} if getattr(image, "is_animated", False) else ())
+    except Exception:  # a damaged second frame is no concern of the first
+        return frozenset()
+
+
+def _notes(image: Image.Image, name: str) -> frozenset[str]:
+    """The notes of `Opened` that a loaded picture can tell."""
+    found: set[str] = set()
+    try:
+        found |= {"place"} if image.getexif().get_ifd(_GPS) else set()
+    except Exception:  # broken EXIF says nothing
+        found -= {"place"}
+    profile = image.info.get("icc_profile")
+    if isinstance(profile, bytes) and _transform(profile, image.mode.removesuffix("A")) is not None:
+        found.add("profile")
+    found |= {"cmyk"} if image.mode == "CMYK" else set()
+    found |= {"deep"} if image.mode.startswith("I") or image.mode == "F" else set()
+    ending = _ENDINGS.get(PurePosixPath(name).suffix.lower())
+    return frozenset(found | ({"extension"} if ending is not None and ending != image.format else set()))
+
+
+def _covered(whole: tuple[int, int], decoded: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The part of a picture decoded at 1 / k of its size that the file's own pixels cover."""
+    if decoded == whole:
+        return (0, 0, *whole)
+    k = max(whole) / max(decoded)
+    k = 2 ** round(math.log2(k))  # libjpeg rounds the sides up, so the ratio is a little below the power of two
+    return (0, 0, min(decoded[0], whole[0] / k), min(decoded[1], whole[1] / k))
+
+
+def _turned(
+    box: tuple[float, float, float, float], size: tuple[int, int], turn: Image.Transpose
+) -> tuple[float, float, float, float]:
+    """Where a box that starts at the upper left of a picture of this size lies after the turn."""
+    (_, _, right, bottom), (width, height) = box, size
+    spans = {"start-x": (0.0, right), "end-x": (width - right, width)}
+    spans |= {"start-y": (0.0, bottom), "end-y": (height - bottom, height)}
+    across, down = _SPANS[turn]
+    (left, right), (top, bottom) = spans[across], spans[down]
+    return (left, top, right, bottom)
 
 
 def _orientation(image: Image.Image) -> int:

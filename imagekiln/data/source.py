@@ -19,10 +19,11 @@ _COLOURS = {1: "grey", 3: "RGB", 4: "RGBA"}
 
 @dataclass(frozen=True)
 class Table:
-    """Everything known about a set's pictures, one entry a picture in every field.
+    """Everything known about a set's pictures, one entry a picture in every field but `images_NCHW`.
 
     images_NCHW: uint8, mapped from disk or in memory. labels: int64, `UNLABELLED` (-1) where unknown; without
-    class names nothing is labelled. digests: see `digest`. captions: None where the set has none.
+    class names nothing is labelled. digests: see `digest`. captions: None where the set has none. places: int64, where
+    each picture lies in `images_NCHW`; None where that has the pictures of the set and no others, in order.
     """
 
     images_NCHW: np.ndarray
@@ -31,6 +32,7 @@ class Table:
     digests: Sequence[str]
     files: Sequence[str]
     captions: Sequence[str | None] | None = None
+    places: np.ndarray | None = None
 
 
 class MemmapSource:
@@ -43,17 +45,17 @@ class MemmapSource:
         self.num_classes = len(table.class_names)
         self.files = [table.files[row] for row in rows]
         self.captions = [table.captions[row] or "" for row in rows] if table.captions is not None else None
-        self._images_NCHW, self._rows = table.images_NCHW, rows
+        self._images_NCHW, self._places = table.images_NCHW, rows if table.places is None else table.places[rows]
         self._labels = torch.from_numpy(table.labels[rows]) if table.class_names else None
         self.fingerprint = _fingerprint(table, rows)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._places)
 
     def read(self, indices: Sequence[int]) -> Batch:
         """The pictures at these indices: images_BCHW uint8, labels_B int64 or None where nothing is labelled."""
         chosen = np.asarray(indices, np.int64)
-        images_BCHW = torch.from_numpy(self._images_NCHW[self._rows[chosen]])
+        images_BCHW = torch.from_numpy(self._images_NCHW[self._places[chosen]])
         return Batch(images_BCHW, None if self._labels is None else self._labels[torch.from_numpy(chosen)])
 
 
@@ -63,6 +65,7 @@ class Dataset:
 
     notices: what was decided on the user's behalf, in plain sentences.
     left_out: (file, reason) of everything that could not be used; the names are safe to print.
+    test: pictures that neither training nor validation sees; None where none were set aside.
     """
 
     name: str
@@ -70,6 +73,7 @@ class Dataset:
     validation: MemmapSource
     notices: list[str] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
+    test: MemmapSource | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -84,12 +88,14 @@ class Dataset:
         """
         channels, height, width = self.train.image_shape
         shared = self.train is self.validation
-        total = len(self.train) + (0 if shared else len(self.validation))
+        tested = len(self.test) if self.test is not None else 0
+        total = len(self.train) + (0 if shared else len(self.validation)) + tested
         parts = [f"{total:,} pictures", f"{height}x{width} {_COLOURS[channels]}"]
         parts += [f"{self.train.num_classes} classes"] if self.train.num_classes else []
         parts += ["captions"] if self.train.captions is not None else []
-        held = "none" if shared else f"{len(self.validation):,}"
-        line = f"{', '.join(parts)}: {len(self.train):,} to train on, {held} held out."
+        held = f"{'none' if shared else f'{len(self.validation):,}'} held out"
+        held += f", {tested:,} set aside for a test" if tested else ""
+        line = f"{', '.join(parts)}: {len(self.train):,} to train on, {held}."
         return f"{line} {len(self.left_out):,} files were left out." if self.left_out else line
 
 
@@ -130,12 +136,23 @@ def split(digests: Sequence[str], fraction: float) -> np.ndarray:
 
 
 def dataset(
-    name: str, table: Table, held_out: np.ndarray, notices: list[str], left_out: list[tuple[str, str]]
+    name: str,
+    table: Table,
+    held_out: np.ndarray,
+    notices: list[str],
+    left_out: list[tuple[str, str]],
+    test: np.ndarray | None = None,
 ) -> Dataset:
-    """Two sources over one table. An empty side borrows the other one's pictures, and a notice says so."""
-    train_rows, validation_rows = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    """Two sources over one table, or three with the rows of `test`.
+
+    An empty side of training and validation borrows the other one's pictures, and a notice says so.
+    """
+    test = np.zeros_like(held_out) if test is None else test
+    train_rows, validation_rows, test_rows = map(np.flatnonzero, (~held_out & ~test, held_out & ~test, test))
+    aside = MemmapSource(table, test_rows) if len(test_rows) else None
     if len(validation_rows) and len(train_rows):
-        return Dataset(name, MemmapSource(table, train_rows), MemmapSource(table, validation_rows), notices, left_out)
-    both = MemmapSource(table, np.arange(len(held_out)))
+        train, validation = MemmapSource(table, train_rows), MemmapSource(table, validation_rows)
+        return Dataset(name, train, validation, notices, left_out, aside)
+    both = MemmapSource(table, np.flatnonzero(~test))
     notices = [*notices, "No pictures are held out: validation uses the training pictures."]
-    return Dataset(name, both, both, notices, left_out)
+    return Dataset(name, both, both, notices, left_out, aside)

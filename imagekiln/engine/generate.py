@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from imagekiln.config import Recipe, parse
-from imagekiln.core import UNLABELLED, Condition, Family, Source, seeded_noise
+from imagekiln.core import UNLABELLED, Condition, Family, Source, mix, seeded_noise
 from imagekiln.data import to_uint8
 from imagekiln.engine import device as devices
 from imagekiln.engine import recipe as recipes
@@ -134,23 +134,45 @@ def draw(family: Family, seeds: Sequence[int], labels: Sequence[int], options: A
     return torch.cat(parts) if parts else torch.empty(0, *family.image_shape, dtype=torch.uint8)
 
 
-@torch.inference_mode()
 def stream(
     family: Family, seeds: Sequence[int], labels: Sequence[int], options: Any = None, batch: int = 64
 ) -> Iterator[Tensor]:
     """Like `draw`, a batch at a time; an allocation that fails is retried in halves."""
     where = next(family.parameters()).device
+
+    def part(some: slice) -> Tensor:
+        noise = seeded_noise(seeds[some], family.noise_shape()).to(where)
+        return family.sample(noise, asked_for(family, labels[some]), options)
+
+    yield from in_parts(part, len(seeds), batch)
+
+
+@torch.inference_mode()
+def in_parts(part: Callable[[slice], Tensor], count: int, batch: int = 64) -> Iterator[Tensor]:
+    """`count` pictures as uint8 on the CPU, a batch at a time; an allocation that fails is retried in halves.
+
+    part: makes the pictures of a slice, images_BCHW float in [-1, 1].
+    """
     start = 0
-    while start < len(seeds):
-        part = slice(start, start + batch)
-        noise = seeded_noise(seeds[part], family.noise_shape()).to(where)
-        chosen = torch.tensor(labels[part], dtype=torch.int64, device=where) if family.num_classes else None
+    while start < count:
         try:
-            images = family.sample(noise, Condition(labels=chosen), options)
+            images = part(slice(start, min(count, start + batch)))
         except (torch.OutOfMemoryError, MemoryError):
             if batch == 1:
                 raise
             batch = max(1, batch // 2)
             continue
-        start += len(noise)
+        start += len(images)
         yield to_uint8(images.float()).cpu()
+
+
+def asked_for(family: Family, labels: Sequence[int]) -> Condition:
+    """These labels as a family takes them."""
+    if not family.num_classes:
+        return Condition()
+    return Condition(labels=torch.tensor(labels, dtype=torch.int64, device=next(family.parameters()).device))
+
+
+def seeds_for(seed: int, count: int) -> list[int]:
+    """The seeds of the pictures 0, 1, 2, ... of `generate`."""
+    return [mix(seed, "generate", index) for index in range(count)]

@@ -1,18 +1,27 @@
-"""Pictures of pictures: grids, files."""
+"""Pictures of pictures: grids, rows of classes, animations, files.
+
+Shapes: B pictures, C channels, H rows, W columns.
+"""
 
 from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from imagekiln.engine.run import write_whole
 
 GRID_SIDE = 1024
+FRAME_SIDE = 256
+"""Pixels up to which the frames of an animation are enlarged."""
+LETTERS = 8, 16
+"""Smallest and largest size of the names beside a grid, in pixels."""
 
 
 def to_picture(image_CHW: Tensor) -> Image.Image:
@@ -26,18 +35,73 @@ def columns_for(count: int, num_classes: int) -> int:
     return num_classes if 2 <= num_classes <= 16 else max(1, math.isqrt(count))
 
 
-def grid(images_BCHW: Tensor, columns: int) -> Image.Image:
-    """Pictures side by side, small ones enlarged by a whole factor so that a person sees the pixels as they are."""
+def grid(images_BCHW: Tensor, columns: int, zoom: int = 0) -> Image.Image:
+    """Pictures side by side, small ones enlarged by a whole factor so that a person sees the pixels as they are.
+
+    zoom: the factor; 0 chooses one.
+    """
     count, channels, height, width = images_BCHW.shape
     rows = math.ceil(count / columns)
-    zoom = max(1, min(8, GRID_SIDE // max(rows * height, columns * width)))
+    zoom = zoom or _zoom(GRID_SIDE, rows * height, columns * width)
     gap = 1
     sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, dtype=np.uint8)
     for index, image in enumerate(images_BCHW.permute(0, 2, 3, 1).numpy()):
         top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
         sheet[top : top + height, left : left + width] = image
-    picture = Image.fromarray(sheet[:, :, 0] if channels == 1 else sheet)
-    return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+    return _enlarged(Image.fromarray(sheet[:, :, 0] if channels == 1 else sheet), zoom)
+
+
+def class_rows(images_BCHW: Tensor, labels: Sequence[int], names: Sequence[str]) -> Image.Image:
+    """A row a class, in the order of the classes, with its name before it; rows may be of different lengths.
+
+    labels: of every picture. A name that cannot be written with the letters at hand is replaced by its number.
+
+    >>> class_rows(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), [1, 0, 1], ["cat", "dog"]).mode
+    'L'
+    """
+    shown = sorted(set(labels))
+    of_class = [[index for index, label in enumerate(labels) if label == one] for one in shown]
+    columns = max(map(len, of_class))
+    nothing = torch.full_like(images_BCHW[:1], 255)
+    rows = [torch.cat([images_BCHW[found], nothing.expand(columns - len(found), -1, -1, -1)]) for found in of_class]
+    sheet = grid(torch.cat(rows), columns)
+    pitch = sheet.height / len(shown)
+    font = ImageFont.load_default(min(LETTERS[1], max(LETTERS[0], int(pitch) - 2)))
+    texts = [_written(names[one] if one < len(names) else "", one) for one in shown]
+    margin = math.ceil(max(font.getlength(text) for text in texts)) + 8
+    picture = Image.new(sheet.mode, (margin + sheet.width, sheet.height), "white")
+    picture.paste(sheet, (margin, 0))
+    draw = ImageDraw.Draw(picture)
+    for row, text in enumerate(texts):
+        draw.text((4, (row + 0.5) * pitch), text, fill="black", font=font, anchor="lm")
+    return picture
+
+
+def table(corner_rows: Tensor, corner_columns: Tensor, cells: Tensor) -> Image.Image:
+    """A table of pictures (A, B, C, H, W) with pictures before its rows (A, C, H, W) and above its columns (B, ...)."""
+    head = torch.cat([torch.full_like(corner_columns[:1], 255), corner_columns])
+    body = torch.cat([corner_rows[:, None], cells], dim=1)
+    return grid(torch.cat([head, body.flatten(0, 1)]), 1 + len(corner_columns))
+
+
+def animation(images_BCHW: Tensor, fps: float) -> bytes:
+    """An animated PNG that begins anew for ever, enlarged by `frame_zoom`.
+
+    Frames that equal the one before are kept as one that is shown longer.
+
+    >>> b"acTL" in animation(torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1), fps=20)
+    True
+    """
+    zoom = frame_zoom(images_BCHW)
+    first, *rest = (_enlarged(to_picture(image), zoom) for image in images_BCHW)
+    buffer = io.BytesIO()
+    first.save(buffer, "PNG", save_all=True, append_images=rest, duration=1000 / fps, loop=0)
+    return buffer.getvalue()
+
+
+def frame_zoom(images_BCHW: Tensor) -> int:
+    """The factor by which frames are enlarged in an animation and its strip."""
+    return _zoom(FRAME_SIDE, *images_BCHW.shape[2:])
 
 
 def encode(picture: Image.Image) -> bytes:
@@ -50,3 +114,20 @@ def encode(picture: Image.Image) -> bytes:
 def write(picture: Image.Image, path: Path) -> None:
     """Write a PNG whole or not at all."""
     write_whole(path, encode(picture))
+
+
+def _zoom(most: int, height: int, width: int) -> int:
+    """The largest whole factor, up to 8, with which neither side gets longer than `most`."""
+    return max(1, min(8, most // max(height, width)))
+
+
+def _enlarged(picture: Image.Image, zoom: int) -> Image.Image:
+    return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+
+
+def _written(name: str, label: int) -> str:
+    """A class's name in letters the built-in font has, or its number; -1 is "any"."""
+    if label < 0:
+        return "any"
+    plain = "".join(letter for letter in name if letter.isprintable())[:24]
+    return plain if plain.strip() and all(ord(letter) < 256 for letter in plain) else str(label)

@@ -116,7 +116,6 @@ class Biggan(Family):
     def dials(self) -> Mapping[str, Tensor]:
         return self.augment.dials()
 
-    @torch.no_grad()
     def sample(self, noise: Tensor, condition: Condition, options: Options | None = None) -> Tensor:
         options = options or self.config.sample
         if options.truncation:

@@ -109,7 +109,6 @@ class Cgan(Family):
     def dials(self) -> Mapping[str, Tensor]:
         return self.augment.dials()
 
-    @torch.no_grad()
     def sample(self, noise: Tensor, condition: Condition, options: None = None) -> Tensor:
         # F(z) of the last number is uniform: it chooses the class where none is asked for.
         share = torch.special.ndtr(noise[:, -1])

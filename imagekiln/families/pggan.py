@@ -88,7 +88,6 @@ class PgGan(Family):
         parts = {"on_real": on_real.mean(), "on_fake": on_fake.mean(), "distance": -minus_distance, "penalty": penalty}
         return Loss(total, parts)
 
-    @torch.no_grad()
     def sample(self, noise: Tensor, condition: Condition, options: None = None) -> Tensor:
         images = self.generator(noise, condition.labels, level=float(self.generator.level))
         return enlarged(images, self.image_shape).clamp(-1, 1)

@@ -109,7 +109,6 @@ class R3Gan(Family):
         scheduled = half_cosine(self.config.gamma, self.config.gamma_end, progress.fraction)
         return scheduled * (self.gamma / self.config.gamma) if self.config.gamma else scheduled
 
-    @torch.no_grad()
     def sample(self, noise: Tensor, condition: Condition, options: None = None) -> Tensor:
         return self.generator(noise, condition.labels).clamp(-1, 1)
 

@@ -78,7 +78,6 @@ class Sngan(Family):
     def dials(self) -> Mapping[str, Tensor]:
         return self.augment.dials()
 
-    @torch.no_grad()
     def sample(self, noise: Tensor, condition: Condition, options: None = None) -> Tensor:
         return self.generator(noise, condition.labels)
 

@@ -96,17 +96,23 @@ class StyleGan1(Family):
         parts = {"on_real": on_real.mean(), "on_fake": on_fake.mean(), "penalty": penalty}
         return Loss(cross_entropy_critic(on_real, on_fake) + self.gamma / 2 * penalty, parts)
 
-    @torch.no_grad()
     def sample(self, noise: Tensor, condition: Condition, options: Options | None = None) -> Tensor:
+        return self.from_styles(self.styles(noise, condition, options), noise).clamp(-1, 1)
+
+    def styles(self, noise: Tensor, condition: Condition, options: Options | None = None) -> Tensor:
+        """styles_BLZ: a style a place, from coarse to fine, of noise as for `sample`."""
         options, net = options or self.config.sample, self.generator
-        images = net(
-            noise,
-            condition.labels,
-            level=float(net.level),
-            truncation=options.truncation,
-            truncated=options.truncated_layers,
-        )
-        return enlarged(images, self.image_shape).clamp(-1, 1)
+        style_BZ = net.mapping(noise[:, : net.z_dim], condition.labels)
+        if options.truncation == 1:
+            return style_BZ[:, None].expand(-1, net.num_styles, -1)
+        places_B = torch.full((len(style_BZ),), options.truncated_layers, device=style_BZ.device)
+        return net.mixed(net.pulled(style_BZ, options.truncation), style_BZ, places_B)
+
+    def from_styles(self, styles: Tensor, noise: Tensor) -> Tensor:
+        """images_BCHW, around [-1, 1], of styles_BLZ and of noise as for `sample`, whose layers' part is used."""
+        net = self.generator
+        images = net.synthesize(styles, noise[:, net.z_dim :], level=float(net.level))
+        return enlarged(images, self.image_shape)
 
     def noise_shape(self) -> tuple[int, ...]:
         return (self.generator.noise_size,)

@@ -127,10 +127,20 @@ class StyleGan2(Family):
     def dials(self) -> Mapping[str, Tensor]:
         return {"gamma": self.gamma, **self.augment.dials()}
 
-    @torch.no_grad()
     def sample(self, noise: Tensor, condition: Condition, options: Options | None = None) -> Tensor:
-        options = options or self.config.sample
-        return self.generator(noise, condition.labels, options.truncation).clamp(-1, 1)
+        return self.from_styles(self.styles(noise, condition, options), noise).clamp(-1, 1)
+
+    def styles(self, noise: Tensor, condition: Condition, options: Options | None = None) -> Tensor:
+        """styles_BLZ: a style a place, from coarse to fine, of noise as for `sample`."""
+        net, truncation = self.generator, (options or self.config.sample).truncation
+        style_BZ = net.mapping(noise[:, : net.z_dim], condition.labels)
+        if truncation != 1:
+            style_BZ = net.pulled(style_BZ, truncation)
+        return style_BZ[:, None].expand(-1, net.num_styles, -1)
+
+    def from_styles(self, styles: Tensor, noise: Tensor) -> Tensor:
+        """images_BCHW, around [-1, 1], of styles_BLZ and of noise as for `sample`, whose layers' part is used."""
+        return self.generator.synthesize(styles, noise[:, self.generator.z_dim :])
 
     def noise_shape(self) -> tuple[int, ...]:
         return (self.generator.noise_size,)

@@ -84,7 +84,6 @@ class Vae(Family):
         beta = config.beta * min(1.0, fraction / config.warmup_fraction) if config.warmup_fraction else config.beta
         return beta * divergence
 
-    @torch.no_grad()
     def sample(self, noise: Tensor, condition: Condition, options: None = None) -> Tensor:
         return self.decoder(noise, condition.labels).clamp(-1, 1)
 
@@ -94,5 +93,9 @@ class Vae(Family):
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
         """The decoder's answer to the middle of what the encoder says, labels hidden."""
-        mean, _ = self.encoder(images, None)
-        return self.decoder(mean, None).clamp(-1, 1)
+        return self.sample(self.noise_of(images, Condition()), Condition())
+
+    @torch.no_grad()
+    def noise_of(self, images: Tensor, condition: Condition) -> Tensor:
+        """The noise that draws given pictures, as far as the encoder knows: the middle of what it says."""
+        return self.encoder(images, condition.labels)[0]

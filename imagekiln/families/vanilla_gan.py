@@ -74,7 +74,6 @@ class VanillaGan(Family):
         noise = fading(self.config.instance_noise, progress.fraction)
         return self.discriminator(instance_noise(images, noise), labels).float()
 
-    @torch.no_grad()
     def sample(self, noise: Tensor, condition: Condition, options: None = None) -> Tensor:
         return self.generator(noise, condition.labels)
 

@@ -59,7 +59,6 @@ class Wgan(Family):
         total = wasserstein_critic(on_real, on_fake)
         return Loss(total, {"on_real": on_real.mean(), "on_fake": on_fake.mean(), "distance": -total})
 
-    @torch.no_grad()
     def sample(self, noise: Tensor, condition: Condition, options: None = None) -> Tensor:
         return self.generator(noise, condition.labels)
 

@@ -71,7 +71,6 @@ class WganGp(Family):
     def dials(self) -> Mapping[str, Tensor]:
         return {"penalty_weight": self.penalty_weight}
 
-    @torch.no_grad()
     def sample(self, noise: Tensor, condition: Condition, options: None = None) -> Tensor:
         return self.generator(noise, condition.labels)
 

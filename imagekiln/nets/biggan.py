@@ -267,7 +267,7 @@ def truncate(noise: Tensor, threshold: float) -> Tensor:
     >>> truncate(torch.tensor([-9.0, 0.0, 0.5, 9.0]), 1.0)
     tensor([-1.0000,  0.0000,  0.3337,  1.0000])
     """
-    inside = torch.erf(noise.detach().cpu().double() / math.sqrt(2)) * math.erf(threshold / math.sqrt(2))
+    inside = torch.erf(noise.cpu().double() / math.sqrt(2)) * math.erf(threshold / math.sqrt(2))
     return (math.sqrt(2) * torch.erfinv(inside)).clamp(-threshold, threshold).to(noise)
 
 

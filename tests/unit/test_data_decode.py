@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from imagekiln.data.decode import FORMATS, MAX_PIXELS, Unusable, colour, fit, flatten, open_safely, probe
+from imagekiln.data.decode import FORMATS, MAX_PIXELS, Unusable, colour, fit, flatten, open_noted, open_safely, probe
 from imagekiln.errors import UsageError
 
 RNG = np.random.default_rng(0)
@@ -325,6 +325,19 @@ def test_a_jpeg_may_be_decoded_smaller_but_never_below_twice_the_target() -> Non
     assert why(raw[: len(raw) // 2], short_side=64) == "truncated"
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_reduced_jpeg_is_not_moved(orientation: int) -> None:
+    """Sides that eight does not divide leave padding in the reduced picture, which must not count as picture."""
+    waves = np.sin(np.linspace(0, 20, 515))[:, None] + np.cos(np.linspace(0, 31, 777))[None]
+    photo = Image.fromarray(np.uint8(np.stack([waves, waves.clip(-1, 1), -waves], -1) * 60 + 128))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    raw = encoded(photo, "JPEG", quality=95, exif=exif)
+    for how in ("crop", "pad"):
+        reduced, whole = (fit(decoded(raw, short_side=side), (32, 32), how).astype(float) for side in (32, 0))
+        assert 10 * np.log10(255**2 / np.square(reduced - whole).mean()) > 45  # decibels; 28 when it is moved
+
+
 def test_colour_names() -> None:
     assert colour("white") == (255, 255, 255) and colour("#102030") == (16, 32, 48) == colour("#102030ff")
     with pytest.raises(UsageError, match=r"data\.background = 'blurple' is no colour"):
@@ -389,3 +402,16 @@ def test_mutated_files_are_decoded_or_refused_with_a_reason(format: str) -> None
             assert str(error).isprintable() and len(str(error)) < 80
             outcomes["refused"] += 1
     assert min(outcomes.values()) > 0
+
+
+def test_what_is_noticed_while_reading() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif.get_ifd(0x8825)[1] = "N"
+    opened = open_noted(io.BytesIO(encoded(NOISE, "JPEG", exif=exif)), name="a.PNG", short_side=8)
+    assert opened.notes == {"turned", "place", "extension"} and (opened.height, opened.width) == (60, 40)
+    film = encoded(NOISE, "GIF", save_all=True, append_images=[NOISE.rotate(90)])
+    assert open_noted(io.BytesIO(film), name="a.gif").notes == {"frames"}
+    deep = Image.fromarray(np.zeros((8, 8), np.uint16))
+    assert open_noted(io.BytesIO(encoded(deep, "PNG")), name="a.png").notes == {"deep"}
+    assert open_noted(io.BytesIO(encoded(NOISE, "PNG"))).notes == set()

@@ -1,0 +1,179 @@
+"""A packed folder: pictures of one size in one uint8 array, with everything that is known about them in text files.
+
+`images.npy` (M, C, H, W) uint8, `metadata.jsonl` (one row a picture of the set, in order), `prepare.json` (shape,
+classes, notices) and `left_out.csv` (file, reason, value). `row` in the metadata is the picture's place in the array,
+which may hold more pictures than the set; without it the n-th row is the n-th picture. A folder is complete or absent.
+
+Shapes: N pictures of the set, M of the array, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from imagekiln.core import UNLABELLED
+from imagekiln.data.files import printable
+from imagekiln.data.source import Dataset, Table, dataset, split
+from imagekiln.errors import DataError
+
+VERSION = 2
+FILES = ("images.npy", "metadata.jsonl", "prepare.json")
+_IN_MEMORY_BYTES = 2**30
+_FORMULA = ("=", "+", "-", "@")
+_GUARDED = tuple(f"'{sign}" for sign in _FORMULA)
+
+
+class Wanted(Protocol):
+    """What is asked of a packed folder: fields of `DataConfig`."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def channels(self) -> int: ...
+
+    @property
+    def validation_fraction(self) -> float: ...
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a path is a packed folder."""
+    return all(os.path.isfile(path / file) for file in FILES)
+
+
+def open_packed(folder: Path, wanted: Wanted) -> Dataset:
+    """Open a packed folder, the user's or the cache's. Raises `DataError` when it is damaged or of another shape."""
+    about, rows, images_NCHW = read_packed(folder)
+    channels, height, width = images_NCHW.shape[1:]
+    if (wanted.size and (height, width) != (wanted.size, wanted.size)) or wanted.channels not in (0, channels):
+        raise DataError(
+            f"{folder} was prepared as {height}x{width} with {channels} channels; the recipe asks for "
+            f"data.size={wanted.size}, data.channels={wanted.channels}. Prepare it again or leave both at 0."
+        )
+    if images_NCHW.nbytes <= _IN_MEMORY_BYTES:
+        images_NCHW = np.array(images_NCHW)
+    table = Table(
+        images_NCHW,
+        np.array([int(row.get("label", UNLABELLED)) for row in rows], np.int64),
+        tuple(map(str, about["class_names"])),
+        [row["digest"] for row in rows],
+        [row["file_name"] for row in rows],
+        [row.get("text") for row in rows] if any("text" in row for row in rows) else None,
+        np.array([row.get("row", index) for index, row in enumerate(rows)], np.int64),
+    )
+    notices, left_out = [str(notice) for notice in about.get("notices", [])], read_left_out(folder)
+    name = str(about.get("name", folder.name))
+    if not all("split" in row for row in rows):
+        return dataset(name, table, split(table.digests, wanted.validation_fraction), notices, left_out)
+    sides = np.array([row["split"] for row in rows])
+    return dataset(name, table, sides == "validation", notices, left_out, test=sides == "test")
+
+
+def read_packed(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], np.ndarray]:
+    """(prepare.json, rows of metadata.jsonl, images_NCHW mapped from disk). Raises `DataError` when it is damaged."""
+    try:
+        about = json.loads((folder / "prepare.json").read_text(encoding="utf-8"))
+        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line]
+        images_NCHW = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+        version, num_classes = int(about["version"]), len(tuple(map(str, about["class_names"])))
+        labels = [int(row.get("label", UNLABELLED)) for row in rows]
+        places = [int(row.get("row", index)) for index, row in enumerate(rows)]
+        sound = all(len(str(row["digest"])) == 32 and int(str(row["digest"]), 16) >= 0 for row in rows)
+        sound &= all(isinstance(row["file_name"], str) for row in rows)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+        raise DataError(f"The prepared set {folder} is damaged ({error}). Prepare it again.") from None
+    if version > VERSION:
+        raise DataError(f"{folder} was prepared by a newer version of imagekiln. Update imagekiln.")
+    sound &= images_NCHW.dtype == np.uint8 and images_NCHW.ndim == 4 and images_NCHW.shape[1] in (1, 3, 4)
+    sound &= bool(rows) and min(labels) >= UNLABELLED and max(labels) < num_classes
+    sound &= len(set(places)) == len(rows) > 0 and min(places) >= 0 and max(places) < len(images_NCHW)
+    sound &= len(rows) == len(images_NCHW) or "row" in (*rows, {})[0]
+    if not sound:
+        raise DataError(f"The prepared set {folder} does not fit together. Prepare it again.")
+    return about, rows, images_NCHW
+
+
+def read_left_out(folder: Path) -> list[tuple[str, str]]:
+    """(file, reason) of everything that is not in the set."""
+    path = folder / "left_out.csv"
+    if not path.exists():
+        return []
+    try:
+        with path.open(encoding="utf-8", newline="") as stream:
+            rows = [(row["file"], row["reason"]) for row in csv.DictReader(stream)]
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise DataError(f"The prepared set {folder} is damaged (left_out.csv: {error}). Prepare it again.") from None
+    return [(name[1:] if name.startswith(_GUARDED) else name, reason) for name, reason in rows]
+
+
+def write_texts(
+    folder: Path, about: Mapping[str, Any], rows: Iterable[Mapping[str, Any]], left_out: Sequence[tuple[str, ...]]
+) -> None:
+    """Everything of a packed folder but its pixels; left_out: (file, reason) or (file, reason, measured value)."""
+    write_rows(folder / "metadata.jsonl", rows)
+    text = json.dumps({"version": VERSION, **about}, indent=1)
+    (folder / "prepare.json").write_text(text + "\n", encoding="utf-8")
+    with (folder / "left_out.csv").open("w", encoding="utf-8", newline="") as stream:
+        table = csv.writer(stream)
+        table.writerow(("file", "reason", "value"))
+        table.writerows((_cell(printable(name)), *rest, *[""] * (2 - len(rest))) for name, *rest in sorted(left_out))
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object a line."""
+    with path.open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def write_aside(folder: Path, write: Callable[[Path], None], replace: bool = False) -> None:
+    """Fill a folder that is complete or absent at any time: written beside its place, synced, renamed.
+
+    replace: put it in the place of the folder that is there, which is removed when the new one stands.
+    """
+    aside, old = (folder.parent / f".{folder.name}.{os.getpid()}{end}" for end in ("", ".old"))
+    try:
+        aside.mkdir(parents=True, exist_ok=True)
+        write(aside)
+        for file in aside.rglob("*"):
+            _sync(file)
+        if replace:
+            folder.rename(old)
+        try:
+            aside.rename(folder)
+        except OSError:
+            if replace:
+                old.rename(folder)
+                raise
+            if not (folder / FILES[0]).is_file():  # else another process was faster, with the same pictures
+                raise
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        if folder.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _cell(text: str) -> str:
+    """A CSV cell that no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def _sync(path: Path) -> None:
+    """Make sure a file or a folder's list of names is on the disk."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows does not open folders
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,143 @@
+"""Files to pixels: every picture decoded once, by several threads, in order, and kept on disk at one size.
+
+Pixels are first written as RGBA, one picture after the other, because how many channels the set needs is known only
+when all pictures have been seen; then they become `images.npy`.
+
+Shapes: N pictures, H rows, W columns, C channels, A red, green, blue, alpha, T = `survey.THUMB` rows and columns.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+
+from imagekiln.data import decode
+from imagekiln.data.scan import Found, Picture
+
+COMMON_SIZE = 256
+"""`size = 0` keeps the pictures' own size when they all share it and no side is longer than this."""
+CHOSEN_SIZE = 64
+"""Otherwise it takes the median short side, rounded down to a multiple of 8, but no more than this."""
+
+THREADS = max(1, min(8, os.cpu_count() or 1))
+_CHUNK = 256
+
+ProgressFn = Callable[[int, int], None]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Shaping(Protocol):
+    """What is said about the pixels of a set: fields of `DataConfig` and of `PrepareConfig`."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def channels(self) -> Literal[0, 1, 3, 4]: ...
+
+    @property
+    def fit(self) -> Literal["crop", "pad"]: ...
+
+    @property
+    def background(self) -> str: ...
+
+
+class Seen(NamedTuple):
+    """One usable picture: pixels_HWA uint8, and, where it was measured, `survey.MEASURES` and thumb_TT3 uint8."""
+
+    pixels_HWA: np.ndarray
+    notes: frozenset[str]
+    measured: np.void | None = None
+    thumb: np.ndarray | None = None
+
+
+def see(found: Found, picture: Picture, shape: tuple[int, int], shaping: Shaping, measure: bool) -> Seen | str:
+    """Decode one picture and bring it to (H, W); the reason as a string where it cannot be used."""
+    try:
+        opened = decode.open_noted(found.files.open(picture.name), name=picture.name, short_side=max(shape))
+        pixels_HWA = decode.fit(opened.image, shape, shaping.fit, shaping.background, channels=4)
+        measured = thumb = None
+        if measure:
+            from imagekiln.data import measures
+
+            measured, thumb = measures.measure(opened.image, (opened.height, opened.width))
+    except decode.Unusable as error:
+        return str(error)
+    alpha = set() if (pixels_HWA[..., 3] == 255).all() else {"alpha"}
+    grey = {"grey"} if (pixels_HWA[..., :1] == pixels_HWA[..., 1:3]).all() else set()
+    return Seen(pixels_HWA, opened.notes | alpha | grey, measured, thumb)
+
+
+def in_order(
+    pool: ThreadPoolExecutor, work: Callable[[Item], Result], items: Iterable[Item]
+) -> Iterator[tuple[Item, Result]]:
+    """(item, result) in order, with only a few results waiting at any time; leaving early cancels the rest."""
+    waiting: deque[tuple[Item, Future[Result]]] = deque()
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(work, item)))
+            if len(waiting) > 4 * THREADS:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    finally:
+        for _, future in waiting:
+            future.cancel()
+
+
+def chosen_shape(found: Found, pool: ThreadPoolExecutor, notices: list[str]) -> tuple[int, int]:
+    """Height and width for `size = 0`: see `COMMON_SIZE` and `CHOSEN_SIZE`."""
+
+    def probe(picture: Picture) -> tuple[int, int] | None:
+        try:
+            return decode.probe(found.files.open(picture.name))
+        except decode.Unusable:
+            return None
+
+    shapes = [shape for _, shape in in_order(pool, probe, found.pictures) if shape is not None]
+    if len(set(shapes)) == 1 and max(shapes[0]) <= COMMON_SIZE:
+        return shapes[0]
+    side = int(statistics.median(min(shape) for shape in shapes)) if shapes else CHOSEN_SIZE
+    side = max(8, min(CHOSEN_SIZE, side // 8 * 8))
+    if shapes:
+        notices.append(f"The pictures are brought to {side}x{side} pixels; set data.size for another size.")
+    return side, side
+
+
+def chosen_channels(notes: Sequence[frozenset[str]], notices: list[str]) -> Literal[1, 3]:
+    """1 where every picture is grey, else 3. Transparency is kept only when the user asks for 4 channels."""
+    total = len(notes)
+    num_transparent, num_grey = (sum(note in of for of in notes) for note in ("alpha", "grey"))
+    if num_transparent > total / 20:
+        notices.append(
+            f"{num_transparent:,} of {total:,} pictures have transparent parts, which were laid on "
+            "data.background; data.channels=4 keeps them."
+        )
+    if num_grey == total and not num_transparent:
+        return 1
+    if num_grey and num_grey < total:
+        notices.append(f"{num_grey:,} of {total:,} pictures are grey among coloured ones.")
+    return 3
+
+
+def write_images(raw: Path, target: Path, total: int, shape: tuple[int, int], channels: int, background: str) -> None:
+    """Turn the RGBA pixels of `raw` into an .npy array (N, C, H, W) uint8, and remove `raw`."""
+    rgba = np.memmap(raw, np.uint8, "r", shape=(total, *shape, 4))
+    images_NCHW = np.lib.format.open_memmap(target, "w+", np.uint8, (total, channels, *shape))
+    colour = decode.colour(background)
+    for start in range(0, total, _CHUNK):
+        pixels_NHWC = decode.flatten(rgba[start : start + _CHUNK], channels, colour)
+        images_NCHW[start : start + _CHUNK] = pixels_NHWC.transpose(0, 3, 1, 2)
+    images_NCHW.flush()
+    del rgba, images_NCHW
+    raw.unlink()
