@@ -15,7 +15,6 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -25,18 +24,18 @@ from typing import Any
 import numpy as np
 
 from imagekiln.config import DataConfig
-from imagekiln.data import builtin, decode, packed, pixels, scan
-from imagekiln.data.files import printable
+from imagekiln.data import builtin, decode, packed, pixels, scan, shard_index, shards, webdataset
+from imagekiln.data.files import TAR_SUFFIXES, printable, stem
 from imagekiln.data.pixels import ProgressFn
-from imagekiln.data.source import Dataset, Table, dataset, digest, split
+from imagekiln.data.source import NOTHING_HELD_OUT, Dataset, Table, dataset, digest, split
 from imagekiln.errors import DataError, DiskError, UsageError
 
 
 def load(data: DataConfig, cache: Path | None = None, progress: ProgressFn | None = None) -> Dataset:
     """The data set of a recipe's `data` section.
 
-    data.path: a folder or zip in the imagefolder convention, a packed folder, a folder with the published files of a
-        known set, or `builtin:NAME`.
+    data.path: what `scan.find` takes, a packed folder, a folder or address of our own shards, a folder with the
+        published files of a known set, or `builtin:NAME`.
     cache: where packed pictures are kept; None takes `cache_folder()`.
     progress: called as progress(done, total) while pictures are decoded.
 
@@ -50,46 +49,34 @@ def load(data: DataConfig, cache: Path | None = None, progress: ProgressFn | Non
     cache = cache if cache is not None else cache_folder()
     if not data.path:
         raise UsageError("data.path is empty. Give a folder of pictures, a zip of one, or builtin:digits.")
-    if data.path.startswith("builtin:"):
-        name = data.path.removeprefix("builtin:")
-        return _published(name, builtin.load(name, cache), data)
     path = Path(os.path.expanduser(data.path))
     if packed.is_packed(path):
         return packed.open_packed(path, data)
-    if (published := builtin.recognise(path)) is not None:
-        return _published(published[0], builtin.read(*published), data)
+    if shard_index.is_set(path) or (webdataset.is_address(data.path) and not data.path.endswith(TAR_SUFFIXES)):
+        return _sharded(data)
+    if (known := published(data.path, cache)) is not None:
+        return _published(*known, data)
     return _pictures(path, data, cache, progress)
 
 
-def write_prepared(data: DataConfig, out: Path, progress: ProgressFn | None = None) -> Dataset:
-    """Pack the pictures of `data` into the folder `out`, which is DATA from then on, and open it.
+def published(source: str, cache: Path | None = None) -> tuple[str, builtin.Arrays] | None:
+    """Name and content of a published set: `builtin:NAME`, or a folder with its files; None for anything else."""
+    if source.startswith("builtin:"):
+        name = source.removeprefix("builtin:")
+        return name, builtin.load(name, cache if cache is not None else cache_folder())
+    found = builtin.recognise(Path(os.path.expanduser(source)))
+    return (found[0], builtin.read(*found)) if found else None
 
-    Raises what `load` raises, and `UsageError` when `out` holds something already or `data` is packed already.
+
+def write_published(name: str, arrays: builtin.Arrays, data: DataConfig, out: Path) -> Dataset:
+    """Pack a published set into the folder `out`, which is DATA from then on, and open it.
+
+    Raises `UsageError` when `out` holds something already, `DiskError` when it cannot be written.
     """
-    decode.colour(data.background)
     if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise UsageError(f"{out} is not an empty folder. Give --out a new one.")
-    if not data.path:
-        raise UsageError("data.path is empty. Give a folder of pictures, a zip of one, or builtin:digits.")
-    path = Path(os.path.expanduser(data.path))
-    if packed.is_packed(path):
-        raise UsageError(f"{path} is prepared already. Give it as DATA.")
-    if data.path.startswith("builtin:"):
-        name = data.path.removeprefix("builtin:")
-        known: tuple[str, builtin.Arrays] | None = name, builtin.load(name, cache_folder())
-    else:
-        published = builtin.recognise(path)
-        known = (published[0], builtin.read(*published)) if published else None
-    found = scan.find(path) if known is None else None
-
-    def write(folder: Path) -> None:
-        if known is not None:
-            _pack_published(*known, data, folder)
-        elif found is not None:
-            _pack(found, data, folder, progress)
-
     try:
-        packed.write_aside(out, write)
+        packed.write_aside(out, lambda folder: _pack_published(name, arrays, data, folder))
     except OSError as error:
         raise DiskError(f"{out} cannot be written ({error.strerror or error}).") from None
     return packed.open_packed(out, data)
@@ -171,13 +158,21 @@ def _pictures(path: Path, data: DataConfig, cache: Path, progress: ProgressFn | 
     return packed.open_packed(folder, data)
 
 
+def _sharded(data: DataConfig) -> Dataset:
+    """A set of shards, which is read where it lies."""
+    opened = shard_index.open_shards(os.path.expanduser(data.path))
+    train, validation, test = shards.sources(opened, data)
+    notices = [NOTHING_HELD_OUT] if train is validation else []
+    return Dataset(stem(Path(data.path.rstrip("/")).name), train, validation, notices, [], test)
+
+
 def _key(found: scan.Found, data: DataConfig) -> str:
     """Changes whenever a picture, its label, its caption or a setting that matters does."""
     settings = data.model_dump(include={"size", "channels", "fit", "background"})
     hasher = hashlib.blake2b(json.dumps([packed.VERSION, settings]).encode(), digest_size=16)
     for picture in found.pictures:
         entry = found.files.entries[picture.name]
-        hasher.update(json.dumps([*entry, picture.name, picture.label, picture.text]).encode())
+        hasher.update(json.dumps([*entry, picture.name, picture.label, picture.text, picture.split]).encode())
     hasher.update(json.dumps([found.notices, found.left_out]).encode())
     return hasher.hexdigest()
 
@@ -202,38 +197,26 @@ def _pack(found: scan.Found, data: DataConfig, folder: Path, progress: ProgressF
             if progress is not None:
                 progress(done, len(found.pictures))
     if not pictures:
-        raise none_usable(found, [why for _, why in left_out])
+        raise pixels.none_usable(found.files.where, [why for _, why in left_out])
     channels = data.channels or pixels.chosen_channels(notes, notices)
-    pixels.write_images(raw, folder / "images.npy", len(pictures), shape, channels, data.background)
+    pixels.write_images(raw, folder / "images.npy", (len(pictures), channels, *shape), data.background)
     names = scan.class_names([picture.label for picture in pictures])
     lost = set(scan.class_names([picture.label for picture in found.pictures])) - set(names)
     if lost:
         notices.append(f"No usable pictures are left of: {', '.join(printable(name) for name in sorted(lost))}.")
     images_NCHW = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
-    rows = [row_of(picture, digest(image), names) for picture, image in zip(pictures, images_NCHW, strict=True)]
+    rows = [packed.row_of(picture, digest(image), names) for picture, image in zip(pictures, images_NCHW, strict=True)]
+    if any(picture.split for picture in pictures):
+        held_out = "validation" if any(picture.split == "validation" for picture in pictures) else "test"
+        for row, picture in zip(rows, pictures, strict=True):  # like a published set, whose test split is held out
+            row["split"] = "validation" if picture.split == held_out else picture.split or "train"
     about = about_of(name_of(found.files.where), images_NCHW.shape, names, notices)
     packed.write_texts(folder, about, rows, left_out)
 
 
-def none_usable(found: scan.Found, reasons: Sequence[str]) -> DataError:
-    """The error for a set of which nothing is left."""
-    counts = ", ".join(f"{count} {reason}" for reason, count in Counter(reasons).most_common(3))
-    return DataError(f"None of the {len(reasons):,} pictures in {found.files.where} can be used: {counts}.")
-
-
 def name_of(path: Path) -> str:
     """What a set made of the files at a path is called."""
-    return path.resolve().name.removesuffix(".zip")
-
-
-def row_of(picture: scan.Picture, content: str, class_names: Sequence[str]) -> dict[str, Any]:
-    """A picture's line in `metadata.jsonl`."""
-    row: dict[str, Any] = {"file_name": picture.name, "digest": content}
-    if picture.label is not None:
-        row["label"] = class_names.index(picture.label)
-    if picture.text is not None:
-        row["text"] = picture.text
-    return row
+    return stem(path.resolve().name)
 
 
 def about_of(name: str, shape: tuple[int, ...], class_names: Sequence[str], notices: Sequence[str]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import numpy as np
 
 from imagekiln.core import UNLABELLED
 from imagekiln.data.files import printable
+from imagekiln.data.scan import Picture
 from imagekiln.data.source import Dataset, Table, dataset, split
 from imagekiln.errors import DataError
 
@@ -115,6 +116,16 @@ def read_left_out(folder: Path) -> list[tuple[str, str]]:
     return [(name[1:] if name.startswith(_GUARDED) else name, reason) for name, reason in rows]
 
 
+def row_of(picture: Picture, content: str, class_names: Sequence[str]) -> dict[str, Any]:
+    """A picture's line in `metadata.jsonl`."""
+    row: dict[str, Any] = {"file_name": picture.name, "digest": content}
+    if picture.label is not None:
+        row["label"] = class_names.index(picture.label)
+    if picture.text is not None:
+        row["text"] = picture.text
+    return row
+
+
 def write_texts(
     folder: Path, about: Mapping[str, Any], rows: Iterable[Mapping[str, Any]], left_out: Sequence[tuple[str, ...]]
 ) -> None:
@@ -125,7 +136,7 @@ def write_texts(
     with (folder / "left_out.csv").open("w", encoding="utf-8", newline="") as stream:
         table = csv.writer(stream)
         table.writerow(("file", "reason", "value"))
-        table.writerows((_cell(printable(name)), *rest, *[""] * (2 - len(rest))) for name, *rest in sorted(left_out))
+        table.writerows((cell(printable(name)), *rest, *[""] * (2 - len(rest))) for name, *rest in sorted(left_out))
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -162,7 +173,7 @@ def write_aside(folder: Path, write: Callable[[Path], None], replace: bool = Fal
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """A CSV cell that no spreadsheet takes for a formula."""
     return f"'{text}" if text.startswith(_FORMULA) else text
 

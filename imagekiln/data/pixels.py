@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 
 from imagekiln.data import decode
 from imagekiln.data.scan import Found, Picture
+from imagekiln.errors import DataError
 
 COMMON_SIZE = 256
 """`size = 0` keeps the pictures' own size when they all share it and no side is longer than this."""
@@ -130,10 +131,14 @@ def chosen_channels(notes: Sequence[frozenset[str]], notices: list[str]) -> Lite
     return 3
 
 
-def write_images(raw: Path, target: Path, total: int, shape: tuple[int, int], channels: int, background: str) -> None:
-    """Turn the RGBA pixels of `raw` into an .npy array (N, C, H, W) uint8, and remove `raw`."""
-    rgba = np.memmap(raw, np.uint8, "r", shape=(total, *shape, 4))
-    images_NCHW = np.lib.format.open_memmap(target, "w+", np.uint8, (total, channels, *shape))
+def write_images(raw: Path, target: Path, shape: tuple[int, ...], background: str) -> None:
+    """Turn the RGBA pixels of `raw` into an .npy array of uint8 and this shape, (N, C, H, W), and remove `raw`."""
+    total, channels, height, width = shape
+    images_NCHW = np.lib.format.open_memmap(target, "w+", np.uint8, shape)
+    if not total:
+        raw.unlink()
+        return
+    rgba = np.memmap(raw, np.uint8, "r", shape=(total, height, width, 4))
     colour = decode.colour(background)
     for start in range(0, total, _CHUNK):
         pixels_NHWC = decode.flatten(rgba[start : start + _CHUNK], channels, colour)
@@ -141,3 +146,9 @@ def write_images(raw: Path, target: Path, total: int, shape: tuple[int, int], ch
     images_NCHW.flush()
     del rgba, images_NCHW
     raw.unlink()
+
+
+def none_usable(where: Path, reasons: Sequence[str]) -> DataError:
+    """The error for a set of which nothing is left."""
+    counts = ", ".join(f"{count} {reason}" for reason, count in Counter(reasons).most_common(3))
+    return DataError(f"None of the {len(reasons):,} pictures in {where} can be used: {counts}.")

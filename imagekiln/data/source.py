@@ -8,11 +8,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from imagekiln.core import Batch
+from imagekiln.core import Batch, Source
+
+NOTHING_HELD_OUT = "No pictures are held out: validation uses the training pictures."
 
 _COLOURS = {1: "grey", 3: "RGB", 4: "RGBA"}
 
@@ -43,8 +46,9 @@ class MemmapSource:
         self.image_shape = (channels, height, width)
         self.class_names = table.class_names
         self.num_classes = len(table.class_names)
-        self.files = [table.files[row] for row in rows]
-        self.captions = [table.captions[row] or "" for row in rows] if table.captions is not None else None
+        self.files: Sequence[str] = [table.files[row] for row in rows]
+        told = table.captions
+        self.captions: Sequence[str] | None = [told[row] or "" for row in rows] if told is not None else None
         self._images_NCHW, self._places = table.images_NCHW, rows if table.places is None else table.places[rows]
         self._labels = torch.from_numpy(table.labels[rows]) if table.class_names else None
         self.fingerprint = _fingerprint(table, rows)
@@ -59,6 +63,13 @@ class MemmapSource:
         return Batch(images_BCHW, None if self._labels is None else self._labels[torch.from_numpy(chosen)])
 
 
+class Pictures(Source, Protocol):
+    """A `Source` that knows its files and captions, one a picture; captions is None where the set has none."""
+
+    files: Sequence[str]
+    captions: Sequence[str] | None
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A set of pictures, ready to train on.
@@ -69,11 +80,11 @@ class Dataset:
     """
 
     name: str
-    train: MemmapSource
-    validation: MemmapSource
+    train: Pictures
+    validation: Pictures
     notices: list[str] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
-    test: MemmapSource | None = None
+    test: Pictures | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -154,5 +165,5 @@ def dataset(
         train, validation = MemmapSource(table, train_rows), MemmapSource(table, validation_rows)
         return Dataset(name, train, validation, notices, left_out, aside)
     both = MemmapSource(table, np.flatnonzero(~test))
-    notices = [*notices, "No pictures are held out: validation uses the training pictures."]
+    notices = [*notices, NOTHING_HELD_OUT]
     return Dataset(name, both, both, notices, left_out, aside)

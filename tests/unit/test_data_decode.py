@@ -374,7 +374,7 @@ def with_checksums(raw: bytes) -> bytes:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_mutated_files_are_decoded_or_refused_with_a_reason(format: str) -> None:
-    """200 mutations a format: whatever a decoder throws must arrive as a plain reason, and nothing may crash."""
+    """350 mutations a format, 2,100 in all: what a decoder throws arrives as a plain reason, and nothing crashes."""
     rng = np.random.default_rng(len(format))
     palette = Image.fromarray(RNG.integers(0, 256, (24, 24), dtype=np.uint8)).convert("P")
     exif = Image.Exif()
@@ -382,7 +382,7 @@ def test_mutated_files_are_decoded_or_refused_with_a_reason(format: str) -> None
     seeds = [encoded(NOISE, format, **({} if format in ("BMP", "GIF") else {"exif": exif}))]
     seeds += [encoded(palette, format)] if format in ("PNG", "GIF", "TIFF") else []
     outcomes = {"decoded": 0, "refused": 0}
-    for index in range(200):
+    for index in range(350):
         raw = bytearray(seeds[index % len(seeds)])
         for _ in range(rng.integers(1, 5)):
             place = rng.integers(len(raw) if rng.random() < 0.5 else min(len(raw), 160))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from imagekiln.config import DataConfig
-from imagekiln.data import Dataset, cache_folder, load, open_own, write_prepared
+from imagekiln.data import Dataset, cache_folder, load, open_own, published, write_published, write_shards
 from imagekiln.data.source import digest, split
 from imagekiln.errors import DataError, DiskError, UsageError
 
@@ -338,16 +338,16 @@ def test_a_summary_says_it_in_one_line(tmp_path: Path) -> None:
     assert json.dumps(data.left_out) == "[]"
 
 
-def test_prepared_sets_equal_what_they_were_made_from(tmp_path: Path) -> None:
-    for name, path in (("folder", str(lay(tmp_path / "set", 9))), ("digits", "builtin:digits")):
-        data = DataConfig(path=path, size=24)
-        written = write_prepared(data, tmp_path / "out" / name)
-        again = loaded(tmp_path / "out" / name, tmp_path / "unused")
-        assert written.fingerprint == again.fingerprint == load(data, tmp_path / "cache").fingerprint
-        with pytest.raises(UsageError, match="is not an empty folder"):
-            write_prepared(data, tmp_path / "out" / name)
-        with pytest.raises(UsageError, match="is prepared already"):
-            write_prepared(DataConfig(path=str(tmp_path / "out" / name)), tmp_path / "more")
+def test_a_published_set_is_packed_into_a_folder(tmp_path: Path) -> None:
+    data = DataConfig(path="builtin:digits", size=24)
+    known = published(data.path)
+    assert known is not None
+    written = write_published(*known, data, tmp_path / "out")
+    again = loaded(tmp_path / "out", tmp_path / "unused")
+    assert written.fingerprint == again.fingerprint == load(data, tmp_path / "cache").fingerprint
+    with pytest.raises(UsageError, match="is not an empty folder"):
+        write_published(*known, data, tmp_path / "out")
+    assert published(str(tmp_path)) is None
 
 
 def test_a_published_test_split_survives_preparing(tmp_path: Path) -> None:
@@ -358,9 +358,32 @@ def test_a_published_test_split_survives_preparing(tmp_path: Path) -> None:
         ):
             head = np.array([0x800 + values.ndim, *values.shape], ">u4").tobytes()
             (tmp_path / f"{split_name}-{kind}-ubyte.gz").write_bytes(gzip.compress(head + values.tobytes()))
-    written = write_prepared(DataConfig(path=str(tmp_path)), tmp_path / "out")
+    known = published(str(tmp_path))
+    assert known is not None
+    written = write_published(*known, DataConfig(), tmp_path / "out")
     assert (len(written.train), len(written.validation)) == (6, 3)
     assert written.fingerprint == loaded(tmp_path, tmp_path / "unused").fingerprint
+
+
+def test_a_split_of_the_set_itself_is_kept(tmp_path: Path) -> None:
+    for side, count in (("train", 5), ("test", 3)):
+        for label in "ab":
+            folder = tmp_path / "set" / side / label
+            folder.mkdir(parents=True)
+            for index in range(count):
+                picture(hash((side == "test", label == "a", index)) % 1000).save(folder / f"{side}{index}.png")
+    dataset = loaded(tmp_path / "set", tmp_path / "cache")
+    assert (len(dataset.train), len(dataset.validation), dataset.test) == (10, 6, None)
+    assert all("test" in file for file in dataset.validation.files) and dataset.train.class_names == ("a", "b")
+
+
+def test_shards_are_data(tmp_path: Path) -> None:
+    dataset = loaded(lay(tmp_path / "set", 12), tmp_path / "cache")
+    write_shards(dataset, tmp_path / "shards")
+    again = loaded(tmp_path / "shards", tmp_path / "cache")
+    assert (len(again.train), len(again.validation)) == (len(dataset.train), len(dataset.validation))
+    assert again.train.read([0]).images.equal(dataset.train.read([0]).images)
+    assert list(again.train.files) == list(dataset.train.files)
 
 
 def test_own_pictures_are_opened_or_named(tmp_path: Path) -> None:
