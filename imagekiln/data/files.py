@@ -1,35 +1,38 @@
-"""Files of a folder or a zip archive by name, safely: nothing outside is ever read, nothing special is ever opened.
+"""Files of a folder by name, safely: nothing outside is ever read, nothing special is ever opened.
 
-Names are relative to the root, with forward slashes. A zip is read member by member and never unpacked to disk.
+Names are relative to the root, with forward slashes. What lies in archives has the same shape, `Files`, and comes from
+`imagekiln.data.archives`; `JoinedFiles` makes one set of several sources.
 """
 
 from __future__ import annotations
 
 import difflib
-import io
 import os
 import re
 import stat
 import unicodedata
-import zipfile
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
 from imagekiln.data.decode import Unusable
-from imagekiln.errors import DataError, ImagekilnError, UsageError
+from imagekiln.errors import DataError, UsageError
 
-MAX_MEMBERS = 500_000
-MAX_TOTAL_BYTES = 64 * 2**30
-MAX_MEMBER_BYTES = 512 * 2**20
-MAX_RATIO = 100  # a zip that grows more than this is a bomb, once it grows beyond _HARMLESS_BYTES
-_HARMLESS_BYTES = 64 * 2**20
+SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+"""Folder names that stand for a split of the set, and which."""
+EMPTY_FOLDER = "empty folder"
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+SUFFIXES = (".zip", ".parquet", *TAR_SUFFIXES)
+"""Endings of files that are read like folders."""
 _IGNORED = {"__MACOSX", "Thumbs.db", "desktop.ini"}
 
 
 class Entry(NamedTuple):
-    """Size in bytes and time of the last change: with the name they stand for the content in the cache's key."""
+    """Size in bytes and time of the last change: with the name they stand for the content in the cache's key.
+
+    What has no time of its own gives another number that changes with the content: a checksum, or the archive's time.
+    """
 
     num_bytes: int
     changed: int
@@ -41,7 +44,9 @@ class Files(Protocol):
     where: Path
     entries: dict[str, Entry]
     left_out: list[tuple[str, str]]
-    """Links, devices and unreadable folders: (name, reason)."""
+    """Links, devices, folders that are empty or may not be read: (name, reason); a folder's name ends with a slash."""
+    ignored: list[str]
+    """Hidden pictures and folders, and what operating systems leave behind: none of ours."""
 
     def open(self, name: str) -> Path | BinaryIO:
         """A path or a stream for `decode.open_safely`; `Unusable` where the bytes cannot be had."""
@@ -52,20 +57,6 @@ class Files(Protocol):
         ...
 
 
-def files_of(path: Path) -> Files:
-    """What lies at a path: a folder or a zip. Raises `UsageError` when it is neither, `DataError` for a bad zip."""
-    if os.path.isdir(path):
-        return FolderFiles(path)
-    if not os.path.exists(path):
-        raise UsageError(_missing(path))
-    if path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
-        return ZipFiles(path)
-    raise UsageError(
-        f"{printable(str(path))} is a file; expected a folder of pictures or a zip of one. "
-        f"To use a picture, give the folder it lies in: {printable(str(path.parent))}."
-    )
-
-
 class FolderFiles:
     """The regular files below a folder."""
 
@@ -73,6 +64,7 @@ class FolderFiles:
         self.where = root
         self.entries: dict[str, Entry] = {}
         self.left_out: list[tuple[str, str]] = []
+        self.ignored: list[str] = []
         self._inside = root.resolve()
         for name, entry in self._walk(root, ""):
             self._add(name, entry)
@@ -86,10 +78,12 @@ class FolderFiles:
                 raise UsageError(f"{printable(str(folder))} cannot be read: {error.strerror}.") from None
             self.left_out.append((prefix, "permission denied" if isinstance(error, PermissionError) else str(error)))
             return
+        if not entries and prefix:
+            self.left_out.append((prefix, EMPTY_FOLDER))
         for entry in entries:
             if is_ignored(entry.name):
-                continue
-            if entry.is_dir(follow_symlinks=False):
+                self.ignored.append(prefix + entry.name)
+            elif entry.is_dir(follow_symlinks=False):
                 yield from self._walk(entry.path, f"{prefix}{entry.name}/")
             else:
                 yield prefix + entry.name, entry
@@ -118,65 +112,34 @@ class FolderFiles:
             with (self.where / name).open("rb") as stream:
                 return stream.read(limit)
         except OSError as error:
-            raise DataError(f"{printable(name)} in {self.where} cannot be read: {error.strerror}.") from None
+            where = printable(str(self.where))
+            raise DataError(f"{printable(name)} in {where} cannot be read: {error.strerror}.") from None
 
 
-class ZipFiles:
-    """The members of a zip. One folder that holds everything is taken as the root."""
+class JoinedFiles:
+    """The files of several sources as one set: each name is the source's prefix, a slash, and the name in it.
 
-    def __init__(self, path: Path) -> None:
-        self.where = path
+    where: what the set is called in messages. parts: `Files` by prefix; no prefix holds a slash.
+    """
+
+    def __init__(self, where: Path, parts: Mapping[str, Files]) -> None:
+        self.where = where
+        self.parts = dict(parts)
         self.entries: dict[str, Entry] = {}
         self.left_out: list[tuple[str, str]] = []
-        try:
-            self._zip = zipfile.ZipFile(path)
-            members = [member for member in self._zip.infolist() if not member.is_dir()]
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-            raise DataError(f"{path} is not a whole zip file ({error}). Copy or download it again.") from None
-        self._check(members)
-        members = [m for m in members if not any(is_ignored(part) for part in PurePosixPath(m.filename).parts)]
-        tops = {m.filename.split("/", 1)[0] if "/" in m.filename else "" for m in members}
-        skip = len(tops.pop()) + 1 if len(tops) == 1 and "" not in tops else 0
-        self._members = {member.filename[skip:]: member for member in reversed(members)}
-        for name, count in Counter(member.filename[skip:] for member in members).items():
-            if count > 1:
-                self.left_out.append((name, f"listed {count} times in the zip; the first one counts"))
-        for name, member in sorted(self._members.items()):
-            kind = stat.S_IFMT(member.external_attr >> 16)
-            if kind not in (0, stat.S_IFREG):
-                self.left_out.append((name, "link" if kind == stat.S_IFLNK else "not a regular file"))
-            elif member.file_size > MAX_MEMBER_BYTES:
-                self.left_out.append((name, f"larger than {MAX_MEMBER_BYTES // 2**20} MB"))
-            else:
-                self.entries[name] = Entry(member.file_size, member.CRC)
+        self.ignored: list[str] = []
+        for prefix, files in self.parts.items():
+            self.entries |= {f"{prefix}/{name}": entry for name, entry in files.entries.items()}
+            self.left_out += [(f"{prefix}/{name}", why) for name, why in files.left_out]
+            self.ignored += [f"{prefix}/{name}" for name in files.ignored]
 
-    def _check(self, members: list[zipfile.ZipInfo]) -> None:
-        if len(members) > MAX_MEMBERS:
-            raise DataError(f"{self.where} lists {len(members):,} files; at most {MAX_MEMBERS:,} are read from a zip.")
-        for member in members:
-            if escapes(member.filename):
-                raise DataError(f"{self.where} holds {printable(member.filename)!r}, a path that leaves the archive.")
-            if member.flag_bits & 1:
-                raise DataError(f"{self.where} is encrypted. Unpack it with its password and give the folder.")
-        total, packed = sum(m.file_size for m in members), sum(m.compress_size for m in members)
-        if total > MAX_TOTAL_BYTES or total > max(_HARMLESS_BYTES, MAX_RATIO * packed):
-            sizes = f"{packed / 2**20:,.0f} MB to {total / 2**20:,.0f} MB"
-            raise DataError(f"{self.where} would grow from {sizes}, more than is safe to read from a zip.")
-
-    def open(self, name: str) -> BinaryIO:
-        try:
-            return io.BytesIO(self._zip.read(self._members[name]))
-        except ImagekilnError:
-            raise
-        except Exception as error:  # zlib.error, lzma.LZMAError, BadZipFile and their kin share no ancestor
-            raise Unusable("damaged in the zip") from error
+    def open(self, name: str) -> Path | BinaryIO:
+        prefix, _, rest = name.partition("/")
+        return self.parts[prefix].open(rest)
 
     def read(self, name: str, limit: int) -> bytes:
-        try:
-            stream = self.open(name)
-        except Unusable as error:
-            raise DataError(f"{printable(name)} in {self.where} cannot be read: {error}.") from None
-        return stream.read(limit)
+        prefix, _, rest = name.partition("/")
+        return self.parts[prefix].read(rest, limit)
 
 
 def is_ignored(part: str) -> bool:
@@ -200,6 +163,9 @@ def printable(name: str) -> str:
     'a\\\\x1b[31m\\\\x0a.png'
     """
 
+    if name.isascii() and name.isprintable():
+        return name
+
     def shown(char: str) -> str:
         if unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp"):
             return char
@@ -208,7 +174,50 @@ def printable(name: str) -> str:
     return "".join(map(shown, name))
 
 
-def _missing(path: Path) -> str:
+def normal(name: str) -> str:
+    """A name as it is compared: composed (NFC), because some systems write one name in two forms.
+
+    >>> normal("e\\u0301") == normal("\\u00e9")
+    True
+    """
+    return unicodedata.normalize("NFC", name)
+
+
+def stem(path: str) -> str:
+    """The name of a source without its folder and without its ending.
+
+    >>> stem("s3://bucket/flowers-000.tar.gz"), stem("photos/cats.v2/"), stem("b.parquet")
+    ('flowers-000', 'cats.v2', 'b')
+    """
+    name = re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+    ending = max((ending for ending in SUFFIXES if name.lower().endswith(ending)), key=len, default="")
+    return name[: len(name) - len(ending)].lstrip(".") or "source"
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """A short name for each path, no two alike: its stem, with the folder's name before it where stems are equal.
+
+    >>> short_names(["a/x.tar", "b/x.tar", "c.tar"]), short_names(["x.tar", "x.zip"])
+    (['a-x', 'b-x', 'c'], ['x', 'x-2'])
+    """
+    stems = [stem(path) for path in paths]
+    seen = Counter(normal(name).casefold() for name in stems)
+    chosen: list[str] = []
+    taken: set[str] = set()
+    for path, name in zip(paths, stems, strict=True):
+        parent = os.path.dirname(path.rstrip("/\\"))
+        if seen[normal(name).casefold()] > 1 and parent.strip("/\\"):
+            name = f"{stem(parent)}-{name}"
+        unique, number = name, 1
+        while normal(unique).casefold() in taken:
+            number += 1
+            unique = f"{name}-{number}"
+        taken.add(normal(unique).casefold())
+        chosen.append(unique)
+    return chosen
+
+
+def missing(path: Path) -> str:
     """The sentence for a path that is not there, with the nearest names that are."""
     given = printable(str(path))
     folder = next((parent for parent in path.parents if os.path.isdir(parent)), None)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import io
 import json
 import os
 import re
 import stat
 import struct
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -16,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from imagekiln.data import files as files_module
-from imagekiln.data.files import escapes, files_of, printable
+from imagekiln.data import archives, scan
+from imagekiln.data.archives import files_of
+from imagekiln.data.files import escapes, printable
 from imagekiln.data.scan import EXTENSIONS, Found, class_names, find
 from imagekiln.errors import DataError, UsageError
 
@@ -72,13 +76,14 @@ def test_endings_in_any_case_and_folders_of_folders(tmp_path: Path) -> None:
     found = find(lay(tmp_path, dict.fromkeys(wanted, png())))
     assert names(found) == sorted(wanted)
     assert all(picture.label is None for picture in found.pictures)
-    assert "folders of folders" in found.notices[0]
+    assert "folders of folders" in found.notices[0] and "metadata.csv" in found.notices[0]
 
 
 def test_what_operating_systems_leave_behind_is_ignored(tmp_path: Path) -> None:
     hidden = [".hidden/a.png", "__MACOSX/a.png", "Thumbs.db", "cats/._x.png", ".x.jpg"]
     found = find(lay(tmp_path, dict.fromkeys([*hidden, "cats/a.png", "dogs/b.png"], png())))
     assert names(found) == ["cats/a.png", "dogs/b.png"] and found.left_out == []
+    assert found.notices == ["Hidden files and folders were passed over: .hidden, .x.jpg, __MACOSX, cats/._x.png."]
 
 
 def test_class_folders(tmp_path: Path) -> None:
@@ -286,9 +291,27 @@ def test_zip_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     nested = zipped(tmp_path / "nested.zip", {f"{index}.zip": png() for index in range(3)})
     with pytest.raises(DataError, match="No pictures"):
         find(nested)
-    monkeypatch.setattr(files_module, "MAX_MEMBERS", 3)
+    monkeypatch.setattr(archives, "MAX_MEMBERS", 3)
     with pytest.raises(DataError, match="lists 4 files; at most 3"):
         find(zipped(tmp_path / "many.zip", dict.fromkeys("1234", b"")))
+
+
+def test_a_zip_of_a_million_members_is_refused_before_they_are_listed(tmp_path: Path) -> None:
+    raw = zipped(tmp_path / "a.zip", {"a": b""}).read_bytes()
+    start, end = raw.index(b"PK\1\2"), raw.index(b"PK\5\6")
+    num, size = 10**6, 10**6 * (end - start)
+    last = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, num, num, size, start)
+    locator = struct.pack("<4sLQL", b"PK\6\7", 0, start + size, 1)
+    crowd = raw[:start] + raw[start:end] * num + last + locator + raw[end : end + 8] + b"\xff" * 12 + b"\0\0"
+    (tmp_path / "crowd.zip").write_bytes(crowd)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="lists 1,000,000 files; at most 500,000"):
+            find(tmp_path / "crowd.zip")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**20
 
 
 def test_encrypted_cut_and_false_zips(tmp_path: Path) -> None:
@@ -358,7 +381,290 @@ def test_a_member_damaged_in_the_zip_is_reported_by_reason(tmp_path: Path) -> No
     raw = bytearray(zipped(tmp_path / "a.zip", {"a.png": bytes(range(256))}).read_bytes())
     raw[60] ^= 0xFF
     (tmp_path / "a.zip").write_bytes(raw)
-    with pytest.raises(files_module.Unusable, match="damaged in the zip"):
+    with pytest.raises(archives.Unusable, match="damaged in the zip"):
         files_of(tmp_path / "a.zip").open("a.png")
     with pytest.raises(DataError, match="damaged in the zip"):
         files_of(tmp_path / "a.zip").read("a.png", 10)
+
+
+def test_a_zip_whose_members_overlap_is_refused(tmp_path: Path) -> None:
+    """200 names for one stretch of 20 kB: the sum of what is packed hides how much the file grows."""
+    words = b"".join(hashlib.sha256(bytes([i % 256, i // 256])).digest()[:1] * 32 for i in range(2**15))
+    with zipfile.ZipFile(tmp_path / "overlap.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        archive.writestr("0.bmp", words)
+        for number in range(1, 200):
+            double = copy.copy(archive.filelist[0])
+            double.filename = f"{number}.bmp"
+            archive.filelist.append(double)
+    listed = zipfile.ZipFile(tmp_path / "overlap.zip").infolist()
+    total, packed = sum(m.file_size for m in listed), sum(m.compress_size for m in listed)
+    assert packed * archives.MAX_RATIO > total > archives.HARMLESS_BYTES, "else another limit is what refuses it"
+    with pytest.raises(DataError, match="more than is safe"):
+        find(tmp_path / "overlap.zip")
+
+
+def test_backslashes_of_old_windows_programs_are_folders(tmp_path: Path) -> None:
+    found = find(zipped(tmp_path / "a.zip", {"cat\\1.png": png(), "dog\\2.png": png()}))
+    assert [(p.name, p.label) for p in found.pictures] == [("cat/1.png", "cat"), ("dog/2.png", "dog")]
+
+
+# --- folders that say more -------------------------------------------------------------------------------------------
+
+
+def test_outer_folders_that_all_share_are_no_classes(tmp_path: Path) -> None:
+    found = find(lay(tmp_path, dict.fromkeys(["set/v1/cat/1.png", "set/v1/dog/1.png"], png())))
+    assert [picture.label for picture in found.pictures] == ["cat", "dog"] and found.notices == []
+
+
+@pytest.mark.parametrize("outer", ["", "flowers/", "a/b/"])
+def test_splits_by_folder_with_classes_below(tmp_path: Path, outer: str) -> None:
+    inside = ["train/cat/1.png", "train/dog/2.png", "Test/cat/3.png", "val/dog/4.png", "train/beside.png"]
+    found = find(lay(tmp_path, {outer + name: png() for name in inside}))
+    assert {p.name.removeprefix(outer): (p.split, p.label) for p in found.pictures} == {
+        "train/cat/1.png": ("train", "cat"),
+        "train/dog/2.png": ("train", "dog"),
+        "Test/cat/3.png": ("test", "cat"),
+        "val/dog/4.png": ("validation", "dog"),
+        "train/beside.png": ("train", None),
+    }
+    assert found.notices == ["The set brings its own splits, by folder: train (3), validation (1), test (1)."]
+
+
+def test_splits_without_classes_and_lone_ones(tmp_path: Path) -> None:
+    flat = find(lay(tmp_path / "flat", {"train/1.png": png(), "validation/1.png": png()}))
+    assert [(p.split, p.label) for p in flat.pictures] == [("train", None), ("validation", None)]
+    lone = find(lay(tmp_path / "lone", {"train/a/1.png": png(), "train/b/1.png": png()}))
+    assert [(p.split, p.label) for p in lone.pictures] == [("train", "a"), ("train", "b")]
+    archive = find(zipped(tmp_path / "lone.zip", {"train/a/1.png": png(), "train/b/1.png": png()}))
+    assert archive.pictures == lone.pictures
+
+
+@pytest.mark.parametrize("other", ["plane/1.png", "1.png", "training/1.png"])
+def test_a_class_named_like_a_split_beside_others_is_a_class(tmp_path: Path, other: str) -> None:
+    found = find(lay(tmp_path, {"train/1.png": png(), "test/2.png": png(), other: png()}))
+    assert all(picture.split is None for picture in found.pictures)
+    assert {picture.label for picture in found.pictures} >= {"train", "test"}
+
+
+def test_tables_in_folders_speak_for_what_lies_there(tmp_path: Path) -> None:
+    content = {
+        "metadata.csv": "file_name,text,label\nx.png,outer,one\nin/y.png,outer,one\n",
+        "in/metadata.jsonl": '{"file_name": "y.png", "text": "inner"}\n{"file_name": "deep/z.png", "text": "deep"}',
+        **dict.fromkeys(["x.png", "in/y.png", "in/deep/z.png", "in/none.png"], png()),
+    }
+    found = find(lay(tmp_path, content))
+    assert [(p.name, p.text, p.label) for p in found.pictures] == [
+        ("in/deep/z.png", "deep", None),
+        ("in/y.png", "inner", "one"),
+        ("x.png", "outer", "one"),
+    ]
+    assert ("in/none.png", "no row in in/metadata.jsonl") in found.left_out
+
+
+def test_tables_in_splits_leave_other_folders_alone(tmp_path: Path) -> None:
+    content = {
+        "train/metadata.csv": "file_name,label,text\n1.png,7,a\n",
+        "test/1.txt": "beside",
+        "train/1.png": png(),
+        "test/1.png": png(),
+    }
+    found = find(lay(tmp_path, content))
+    assert found.pictures == [
+        scan.Picture("test/1.png", None, "beside", "test"),
+        scan.Picture("train/1.png", "7", "a", "train"),
+    ]
+    assert found.left_out == []
+
+
+def test_two_tables_in_an_inner_folder_are_one_too_many(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r", in holds both metadata\.csv and metadata\.jsonl"):
+        find(lay(tmp_path, {"in/metadata.csv": "", "in/metadata.jsonl": "", **PICTURES}))
+
+
+def test_a_table_of_labels_leaves_the_captions_to_text_files(tmp_path: Path) -> None:
+    found = find(lay(tmp_path, {**PICTURES, "metadata.csv": "file_name,label\na.png,x\nb.png,y\n", "a.txt": "words"}))
+    assert [(p.label, p.text) for p in found.pictures] == [("x", "words"), ("y", None)]
+
+
+def test_a_column_named_caption_and_rows_twice(tmp_path: Path) -> None:
+    table = "file_name,caption\na.png,first\nb.png,two\na.png,last\n"
+    found = find(lay(tmp_path, {**PICTURES, "metadata.csv": table}))
+    assert [picture.text for picture in found.pictures] == ["last", "two"]
+    assert found.notices == ["1 rows of metadata.csv name a picture for the second time; the last row counts."]
+
+
+def test_labels_of_tables_made_by_programs(tmp_path: Path) -> None:
+    rows = '{"file_name": "a.png", "label": 3.0}\n{"file_name": "b.png", "label": NaN}'
+    found = find(lay(tmp_path, {**PICTURES, "metadata.jsonl": rows}))
+    assert [picture.label for picture in found.pictures] == ["3", None]
+    for odd in ("true", "0.5", '{"a": 1}'):
+        with pytest.raises(DataError, match="expected a whole number or a string"):
+            find(lay(tmp_path, {"metadata.jsonl": f'{{"file_name": "a.png", "label": {odd}}}'}))
+
+
+def test_what_is_passed_over_is_said(tmp_path: Path) -> None:
+    content = {"cat/1.png": png(), "dog/notes.txt": "x", "more/more.zip": b"PK", "bird/1.heic": b"x"}
+    (tmp_path / "empty" / "inner").mkdir(parents=True)
+    found = find(lay(tmp_path, content))
+    assert found.notices == [
+        "Archives among the pictures were not opened: more/more.zip. Give them as DATA.",
+        "Folders that hold no pictures: dog/, empty/inner/, more/.",
+    ]
+    assert found.left_out == [("bird/1.heic", "HEIC is not read; convert it to JPEG or PNG")]
+
+
+def test_a_folder_of_archives_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"It holds 2 archives, which are not opened: unpack them\.$"):
+        find(lay(tmp_path, {"a.zip": b"PK", "b.rar": b"Rar"}))
+
+
+# --- names in two forms of Unicode -----------------------------------------------------------------------------------
+
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+
+
+def holds_both_forms(folder: Path) -> bool:
+    lay(folder, {f"{NFC}.png": png(1), f"{NFD}.png": png(2)})
+    return len(list(folder.iterdir())) == 2
+
+
+def test_names_in_both_forms_are_both_kept_and_said(tmp_path: Path) -> None:
+    if not holds_both_forms(tmp_path):
+        pytest.skip("this file system knows one form only")
+    found = find(tmp_path)
+    assert sorted(names(found)) == sorted([f"{NFC}.png", f"{NFD}.png"])
+    assert len(found.notices) == 1 and found.notices[0].startswith("1 names differ from another only in how Unicode")
+
+
+@pytest.mark.parametrize(("file", "row"), [(NFC, NFD), (NFD, NFC)])
+def test_tables_and_captions_meet_pictures_in_either_form(tmp_path: Path, file: str, row: str) -> None:
+    table = zipped(tmp_path / "a.zip", {f"{file}.png": png(), "metadata.csv": f"file_name,text\n{row}.png,hot\n"})
+    beside = zipped(tmp_path / "b.zip", {f"{file}.png": png(), f"{row}.txt": "hot"})
+    for path in (table, beside):
+        assert [(p.name, p.text) for p in find(path).pictures] == [(f"{file}.png", "hot")]
+
+
+def test_class_folders_in_both_forms_are_one_class(tmp_path: Path) -> None:
+    found = find(zipped(tmp_path / "a.zip", dict.fromkeys([f"{NFC}/1.png", f"{NFD}/2.png", "tea/3.png"], png())))
+    assert class_names([p.label for p in found.pictures]) == (NFC, "tea")
+
+
+# --- scripts and encodings -------------------------------------------------------------------------------------------
+
+CAT = "白色的猫坐在窗边看着外面的雨水和行人的伞"
+
+
+def test_an_old_encoding_stops_with_previews_and_a_proposal(tmp_path: Path) -> None:
+    lay(tmp_path, {**PICTURES, "a.txt": b"a cat: " + CAT.encode("gb18030")})
+    with pytest.raises(DataError) as error:
+        find(tmp_path)
+    said = str(error.value)
+    assert "The caption a.txt in" in said and "is not UTF-8 (byte 7)" in said
+    assert f"gb18030 reads '{CAT[:20]}'" in said and "Add --caption-encoding gb18030" in said
+    assert said.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("gb18030", CAT),
+        ("big5", "白色的貓坐在窗邊"),
+        ("shift_jis", "窓辺の白い猫です"),
+        ("cp1252", "café au lait"),
+        ("GBK", CAT),
+    ],
+)
+@pytest.mark.parametrize("file", ["a.txt", "metadata.csv", "metadata.jsonl"])
+def test_a_named_encoding_is_used_where_text_is_not_utf8(tmp_path: Path, encoding: str, text: str, file: str) -> None:
+    row = {"csv": f"file_name,text\na.png,{text}\n", "jsonl": f'{{"file_name": "a.png", "text": "{text}"}}'}
+    lay(tmp_path, {"a.png": png(), file: row.get(file.rpartition(".")[2], text).encode(encoding)})
+    with pytest.raises(DataError, match="is not UTF-8"):
+        find(tmp_path)
+    assert find(tmp_path, caption_encoding=encoding).pictures[0].text == text
+
+
+def test_utf8_and_marks_come_before_the_named_encoding(tmp_path: Path) -> None:
+    files = {"a.txt": CAT.encode(), "b.txt": CAT.encode("utf-16"), "c.txt": b"\xff\xfe\0\0" + CAT.encode("utf-32-le")}
+    found = find(lay(tmp_path, {**PICTURES, "c.png": png(), **files}), caption_encoding="gb18030")
+    assert [picture.text for picture in found.pictures] == [CAT, CAT, CAT]
+
+
+@pytest.mark.parametrize(
+    ("raw", "encoding", "message"),
+    [
+        (b"\xff\xfea", "utf-8", "begins as utf-16 and is damaged"),
+        (b"\xef\xbb\xbf\xff", "utf-8", "is not UTF-8"),
+        (b"caf\xff\xff", "gb18030", "is neither UTF-8 nor gb18030"),
+        (b"caf\xff\xff\x81\x8d", "utf-8", r"is not UTF-8 \(byte 3\)\. Save it as UTF-8\."),
+    ],
+)
+def test_text_that_is_damaged(tmp_path: Path, raw: bytes, encoding: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        find(lay(tmp_path, {**PICTURES, "a.txt": raw}), caption_encoding=encoding)
+
+
+@pytest.mark.parametrize("name", ["gb18031", "hex", "zlib", "", "\0", "undefined"])
+def test_a_name_that_is_no_encoding_is_refused_before_anything_is_read(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="is no encoding of text") as error:
+        find(tmp_path / "not-there", caption_encoding=name)
+    assert name != "gb18031" or "'gb18030'" in str(error.value)
+
+
+def test_long_captions_are_counted_however_they_are_long(tmp_path: Path) -> None:
+    texts = {"a.txt": "x" * 10_001, "b.txt": "长" * 100_000}
+    found = find(lay(tmp_path, {**PICTURES, **texts}))
+    assert [len(picture.text or "") for picture in found.pictures] == [10_000, 10_000]
+    assert found.notices == ["2 captions were cut to 10,000 characters."]
+
+
+@pytest.mark.parametrize("text", ["🐈‍⬛🎉", "قطة بيضاء", "[bold]x[/]", "{{7*7}} %s $HOME", "<script>alert(1)</script>"])
+def test_captions_are_kept_literally(tmp_path: Path, text: str) -> None:
+    assert find(lay(tmp_path, {"a.png": png(), "a.txt": text})).pictures[0].text == text
+
+
+CELLS = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(["a.png", "file_name", "label", '"', "\r"])
+
+
+@given(
+    rows=st.lists(st.lists(CELLS, max_size=4), max_size=5),
+    separators=st.tuples(st.sampled_from(",;\t|"), st.sampled_from(["\n", "\r\n", "\r"])),
+    encoding=st.sampled_from(["utf-8", "utf-16", "gb18030", "shift_jis"]),
+    named=st.sampled_from(["utf-8", "gb18030", "shift_jis"]),
+)
+@settings(max_examples=80, deadline=None)
+def test_any_text_as_a_table_ends_in_pictures_or_one_sentence(
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[list[str]],
+    separators: tuple[str, str],
+    encoding: str,
+    named: str,
+) -> None:
+    root = tmp_path_factory.getbasetemp() / "any-table"
+    comma, end = separators
+    text = end.join(comma.join(row) for row in [["file_name", "text", "label"], *rows])
+    lay(root, {**PICTURES, "metadata.csv": text.encode(encoding, "replace")})
+    try:
+        assert set(names(find(root, caption_encoding=named))) <= {"a.png", "b.png"}
+    except DataError as error:
+        assert str(error).isprintable()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("a.png"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["file_name", "text"]), inner),
+    max_leaves=6,
+)
+
+
+@given(st.lists(st.dictionaries(st.sampled_from(["file_name", "text", "label", "caption", "x"]), JSON), max_size=3))
+@settings(max_examples=80, deadline=None)
+def test_any_json_as_rows_ends_in_pictures_or_one_sentence(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, object]]
+) -> None:
+    root = tmp_path_factory.getbasetemp() / "any-json"
+    lay(root, {**PICTURES, "metadata.jsonl": "\n".join(map(json.dumps, rows))})
+    try:
+        for picture in find(root).pictures:
+            assert isinstance(picture.text, str | None) and isinstance(picture.label, str | None)
+    except DataError as error:
+        assert str(error).isprintable()
