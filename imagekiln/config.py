@@ -26,6 +26,36 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
+AUGMENT_LABELS = (
+    *("across", "down", "shift_down", "shift_right", "turn_cos", "turn_sin", "scale"),
+    *("brightness", "contrast", "saturation", "hue_cos", "hue_sin", "cut", "cut_down", "cut_right"),
+)
+"""What a network can be told about the change of a picture: names of the columns of `Batch.augment`."""
+
+
+class DataAugmentConfig(Section):
+    """Random changes of the training pictures (`imagekiln.data.augment`); nothing is changed unless told."""
+
+    p: Fraction = Field(0.15, description="share of pictures each of the changes below is made to")
+    flip: Literal["none", "horizontal", "vertical", "both"] = Field(
+        "none", description="horizontal mirrors left to right, vertical top to bottom"
+    )
+    shift: float = Field(0.0, ge=0, le=0.5, description="largest shift over height and width, in whole pixels")
+    rotate: float = Field(0.0, ge=0, le=180, description="largest turn to either side, in degrees")
+    scale: float = Field(0.0, ge=0, le=3, description="0.2 = from 1.2 times smaller to 1.2 times larger")
+    color: float = Field(
+        0.0, ge=0, le=1, description="0.2 = brightness by up to 0.2, contrast and saturation by up to 1.2 times"
+    )
+    hue: float = Field(0.0, ge=0, le=180, description="largest turn of the color circle to either side, in degrees")
+    cutout: float = Field(0.0, ge=0, lt=1, description="height and width of a grey box over those of the picture")
+
+    @property
+    def changes(self) -> bool:
+        """Whether any picture is changed at all."""
+        strengths = self.shift, self.rotate, self.scale, self.color, self.hue, self.cutout
+        return self.p > 0 and (self.flip != "none" or any(strengths))
+
+
 class DataConfig(Section):
     """What the model learns from."""
 
@@ -36,6 +66,7 @@ class DataConfig(Section):
     background: str = Field("white", description="colour behind transparent pixels and padding")
     validation_fraction: Fraction = Field(0.1, description="share held out, by hash of the pixels")
     flip: bool = Field(False, description="mirror half of the training pictures left to right")
+    augment: DataAugmentConfig = DataAugmentConfig()
 
 
 class FamilyConfig(Section):

@@ -27,11 +27,14 @@ class Batch(NamedTuple):
     images: images_BCHW, float32 in [-1, 1] (or a codec's latents) in training; uint8 as read from a `Source`.
     labels: labels_B, int64, `UNLABELLED` (-1) where unknown; None when the set has no labels at all.
     text: token ids or cached embeddings, one row a picture; None when the set has no captions.
+    augment: augment_BA, float32, what was done to each picture (`config.AUGMENT_LABELS`), zeros where nothing was; None
+        when pictures come as they are.
     """
 
     images: Tensor
     labels: Tensor | None = None
     text: Tensor | None = None
+    augment: Tensor | None = None
 
 
 class Condition(NamedTuple):

@@ -1,36 +1,50 @@
 """Batches for training as a pure function of (seed, images seen): resume is exact because there is nothing to restore.
 
 Picture number p of a run is entry p mod n of the permutation of epoch p div n, and the permutation depends on
-(seed, epoch) alone. Whether it is mirrored depends on (seed, p) alone.
+(seed, epoch) alone. Whether it is mirrored, and what else is done to it, depends on (seed, p) alone.
 
 Shapes: B pictures, C channels, H rows, W columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from imagekiln.core import Batch, Source, mix
+from imagekiln.data.augment import words
 from imagekiln.errors import DataError
+
+Augment = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""Changes images_BCHW, the first of which has this position: (changed images_BCHW, what was done as augment_BA)."""
 
 
 class Loader:
     """Endless shuffled batches of a source.
 
     batch: pictures a batch; a source with fewer pictures repeats them.
-    flip: mirror half of the pictures left to right.
+    flip: mirror half of the pictures left to right. It is not told to anyone: a mirrored picture is as good.
+    augment: what else is done to the pictures, after that.
 
     Raises `DataError` when the source is empty.
     """
 
     def __init__(
-        self, source: Source, seed: int, batch: int, device: torch.device | str = "cpu", flip: bool = False
+        self,
+        source: Source,
+        seed: int,
+        batch: int,
+        device: torch.device | str = "cpu",
+        flip: bool = False,
+        augment: Augment | None = None,
     ) -> None:
         if not len(source):
             raise DataError("There are no pictures to train on.")
         self.source, self.seed, self.size, self.device, self.flip = source, seed, batch, torch.device(device), flip
+        self.augment = augment
         self._permutations: dict[int, np.ndarray] = {}
 
     def order(self, position: int, count: int) -> np.ndarray:
@@ -45,15 +59,18 @@ class Loader:
 
     def batch(self, position: int) -> Batch:
         """The batch that starts after `position` pictures: images_BCHW float32 in [-1, 1], on the device."""
-        images, labels, text = self.source.read(self.order(position, self.size).tolist())
-        images_BCHW = to_float(images.to(self.device))
+        read = self.source.read(self.order(position, self.size).tolist())
+        images_BCHW, augment_BA = to_float(read.images.to(self.device)), None
         if self.flip:
             mirrored_B = torch.from_numpy(self._mirrored(position)).to(self.device)
             images_BCHW = torch.where(mirrored_B[:, None, None, None], images_BCHW.flip(-1), images_BCHW)
+        if self.augment is not None:
+            images_BCHW, augment_BA = self.augment(images_BCHW, position)
         return Batch(
             images_BCHW,
-            None if labels is None else labels.to(self.device),
-            None if text is None else text.to(self.device),
+            None if read.labels is None else read.labels.to(self.device),
+            None if read.text is None else read.text.to(self.device),
+            augment_BA,
         )
 
     def _permutation(self, epoch: int) -> np.ndarray:
@@ -66,13 +83,8 @@ class Loader:
         return self._permutations[epoch]
 
     def _mirrored(self, position: int) -> np.ndarray:
-        """One fair coin a position: the top bit of SplitMix64 (Steele, Lea, Flood 2014) of (seed, position)."""
-        with np.errstate(over="ignore"):
-            state = np.arange(position, position + self.size, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-            state += np.uint64(mix(self.seed, "flip"))
-            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mirrored: np.ndarray = state >> np.uint64(63) == 1
+        """One fair coin a position: the top bit of `words`."""
+        mirrored: np.ndarray = words(self.seed, "flip", position, self.size) >> np.uint64(63) == 1
         return mirrored
 
 

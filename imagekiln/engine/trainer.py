@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from imagekiln import native, optim, signals
 from imagekiln.config import Recipe
 from imagekiln.core import Family, Phase, Progress, Source, half_cosine, mix
-from imagekiln.data import Loader
-from imagekiln.engine import checkpoint, device, pictures, validation
+from imagekiln.engine import augment, checkpoint, device, pictures, validation
 from imagekiln.engine.doctor import Doctor
 from imagekiln.engine.generate import draw, labels_for, save_weights
 from imagekiln.engine.run import Run
@@ -469,13 +468,8 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def _make_loader(self) -> None:
-        self.loader = Loader(
-            self.train_source,
-            seed=mix(self.config.seed, self.state.attempt),
-            batch=self.config.batch // self.state.accumulate,
-            device=self.device,
-            flip=self.recipe.data.flip,
-        )
+        seed, batch = mix(self.config.seed, self.state.attempt), self.config.batch // self.state.accumulate
+        self.loader = augment.loader(self.recipe.data, self.train_source, seed, batch, self.device)
 
     def _compile(self) -> None:
         """Compile the trained modules in place; what does not compile runs as it is."""

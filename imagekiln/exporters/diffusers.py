@@ -33,7 +33,7 @@ def write(model: Model, out: Path) -> dict[str, Any]:
             f"A {model.family.config.name} model has no network that diffusers knows. Use --to safetensors."
         )
     config = unet.diffusers_config()
-    tensors = {key: value.detach().cpu().contiguous() for key, value in unet.state_dict().items()}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in unet.diffusers_state_dict().items()}
     write_whole(out / "unet" / "config.json", json.dumps(config, indent=2) + "\n")
     write_whole(out / "unet" / "diffusion_pytorch_model.safetensors", to_bytes(tensors, {"format": "pt"}))
     pipeline = _write_pipeline(model, config, out)

@@ -6,6 +6,9 @@ path "rf" it is rectified flow (Liu et al. 2023, arXiv:2209.03003). Labels are d
 classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) is possible and unlabelled pictures are of use: both
 are the null class, the last row of the embedding.
 
+With `augment_condition` the net hears what was done to each training picture (EDM, appendix F.2) and draws as if
+nothing had been done, so that turned or shifted training pictures do not make it draw turned or shifted ones.
+
 Shapes: B images, C channels, H rows, W columns.
 """
 
@@ -18,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from imagekiln.config import FamilyConfig, Fraction, Section
+from imagekiln.config import AUGMENT_LABELS, FamilyConfig, Fraction, Section
 from imagekiln.core import Batch, Condition, Family, HeldOut, Loss, Phase, Progress, seeded_noise
 from imagekiln.diffusion import densities, guidance, paths, samplers
 from imagekiln.errors import RecipeError, UsageError
@@ -54,6 +57,9 @@ class DiffusionConfig(FamilyConfig):
     attention: tuple[bool, ...] = Field((False, False, True), description="self-attention by level")
     dropout: Fraction = 0.0
     label_dropout: Fraction = Field(0.1, description="share of labels hidden in training")
+    augment_condition: bool = Field(
+        False, description="tell the net what data.augment did to each picture, so that drawn ones do not show it"
+    )
     sample: Options = Options()
 
 
@@ -84,6 +90,7 @@ class Diffusion(Family):
                     resnet_time_scale_shift="scale_shift",
                     dropout=config.dropout,
                     num_class_embeds=num_classes + 1 if num_classes else None,
+                    num_augment=len(AUGMENT_LABELS) if config.augment_condition else 0,
                 )
             )
         except UsageError as error:
@@ -99,7 +106,8 @@ class Diffusion(Family):
         if labels_B is not None and self.training:
             hidden_B = torch.rand(len(x), device=x.device) < config.label_dropout
             labels_B = torch.where(hidden_B, self.num_classes, labels_B)
-        output = self.unet(z, self.path.time(sigma_B), labels_B)
+        augment_BA = batch.augment if config.augment_condition else None
+        output = self.unet(z, self.path.time(sigma_B), labels_B, augment_BA)
         error = output.float() - self.path.target(config.target, x, eps, sigma_B)
         return Loss(error.square().mean())
 

@@ -41,6 +41,7 @@ class UNetConfig:
             normalisation, "scale_shift" scales and shifts after it.
         dropout: Probability of dropping an activation inside a residual block.
         num_class_embeds: Rows of the class embedding; None for a net without labels.
+        num_augment: Numbers that tell what was done to a training picture; 0 for a net that is not told.
 
     Raises:
         UsageError: The numbers do not fit together.
@@ -58,6 +59,7 @@ class UNetConfig:
     resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
     dropout: float = 0.0
     num_class_embeds: int | None = None
+    num_augment: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
@@ -111,6 +113,8 @@ class UNet(nn.Module):
         self.time_embedding = _TimeEmbedding(widths[0], config.embedding_dim)
         if config.num_class_embeds is not None:
             self.class_embedding = nn.Embedding(config.num_class_embeds, config.embedding_dim)
+        if config.num_augment:
+            self.augment_embedding = nn.Linear(config.num_augment, config.embedding_dim, bias=False)
         self.down_blocks = nn.ModuleList()
         skips = [widths[0]]
         for level, width in enumerate(widths):
@@ -147,23 +151,37 @@ class UNet(nn.Module):
                 nn.init.zeros_(module.to_out[0].get_parameter("weight"))
         nn.init.zeros_(self.conv_out.weight)
 
-    def forward(self, images_BCHW: Tensor, timestep_B: Tensor, class_labels_B: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        images_BCHW: Tensor,
+        timestep_B: Tensor,
+        class_labels_B: Tensor | None = None,
+        augment_BA: Tensor | None = None,
+    ) -> Tensor:
         """Predict; float32 in and out, computed in the precision of the surrounding autocast.
 
         Args:
             images_BCHW: Noisy pictures.
             timestep_B: Time of each picture, any float; diffusers' convention is 0 to 1000.
             class_labels_B: int64 rows of the class embedding; exactly when the config has `num_class_embeds`.
+            augment_BA: What was done to the pictures, A = `num_augment`; zeros, or None, where nothing was. It goes
+                through a linear map without a bias, so zeros add exactly nothing (Karras et al. 2022, appendix F.2).
 
         Raises:
-            UsageError: Labels are missing, or given to a net without labels.
+            UsageError: Labels are missing, or given to a net without labels; likewise what was done to the pictures.
         """
         if (class_labels_B is None) != (self.config.num_class_embeds is None):
             given = "no labels were given" if class_labels_B is None else "labels were given"
             raise UsageError(f"num_class_embeds = {self.config.num_class_embeds}, but {given} to the U-Net.")
+        if augment_BA is not None and augment_BA.shape[1] != self.config.num_augment:
+            raise UsageError(
+                f"num_augment = {self.config.num_augment}, but {augment_BA.shape[1]} numbers a picture were given."
+            )
         embedding_BE = self.time_embedding(_sinusoids(timestep_B, self.config.block_out_channels[0]))
         if class_labels_B is not None:
             embedding_BE = embedding_BE + self.class_embedding(class_labels_B)
+        if augment_BA is not None:
+            embedding_BE = embedding_BE + self.augment_embedding(augment_BA)
         embedding_BE = F.silu(embedding_BE)
         if prefers_channels_last(images_BCHW):
             images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
@@ -176,8 +194,18 @@ class UNet(nn.Module):
             x_BCHW = block(x_BCHW, embedding_BE, skips)
         return self.conv_out(group_norm_silu(x_BCHW, self.conv_norm_out)).to(images_BCHW.dtype)
 
+    def diffusers_state_dict(self) -> dict[str, Tensor]:
+        """The weights that `UNet2DModel` has: the map that hears what was done, which drawing does not use, stays out.
+
+        >>> net = UNet(UNetConfig(block_out_channels=(8,), attention=(False,), add_attention=False, norm_num_groups=4,
+        ...                       num_augment=2))
+        >>> set(net.state_dict()) - set(net.diffusers_state_dict())
+        {'augment_embedding.weight'}
+        """
+        return {key: value for key, value in self.state_dict().items() if not key.startswith("augment_embedding.")}
+
     def diffusers_config(self) -> dict[str, Any]:
-        """The `config.json` with which diffusers' `UNet2DModel` loads this net's `state_dict()` strictly."""
+        """The `config.json` with which diffusers' `UNet2DModel` loads `diffusers_state_dict()` strictly."""
         config, has = self.config, self.config.attention
         return {
             "_class_name": "UNet2DModel",

@@ -113,3 +113,25 @@ def test_only_two_permutations_are_kept() -> None:
     for position in range(0, 600, 4):
         loader.batch(position)
     assert len(loader._permutations) <= 2
+
+
+def test_mirroring_is_this_one_for_ever() -> None:
+    """A golden number, like the order."""
+    mirrored = Loader(source(8), 0, 16, flip=True)._mirrored(1000)
+    assert "".join(map(str, mirrored.astype(int))) == "1110010000100110"
+
+
+def test_what_is_done_to_pictures_is_done_last_and_told() -> None:
+    asked = []
+
+    def darker(images: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append((position, images))
+        return images / 2, torch.full((len(images), 2), float(position))
+
+    data = source(10)
+    flipped, changed = Loader(data, 1, 4, flip=True), Loader(data, 1, 4, flip=True, augment=darker)
+    expected, batch = flipped.batch(8), changed.batch(8)
+    assert asked[0][0] == 8 and torch.equal(asked[0][1], expected.images)
+    assert torch.equal(batch.images, expected.images / 2)
+    assert batch.augment is not None and batch.augment.tolist() == [[8.0, 8.0]] * 4
+    assert expected.augment is None and batch.labels is not None and torch.equal(batch.labels, expected.labels)
