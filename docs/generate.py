@@ -17,6 +17,7 @@ from imagekiln import errors
 from imagekiln.config import (
     AugmentConfig,
     AverageConfig,
+    DataAugmentConfig,
     DataConfig,
     EvalConfig,
     LangevinConfig,
@@ -194,6 +195,7 @@ def settings() -> str:
     """Every setting that all recipes share, and the families' own."""
     sections: list[tuple[str, type[Section]]] = [
         ("data", DataConfig),
+        ("data.augment", DataAugmentConfig),
         ("train", TrainConfig),
         ("train.averages", AverageConfig),
         ("eval", EvalConfig),

@@ -22,17 +22,19 @@ import torch
 
 from imagekiln import data as datasets
 from imagekiln import optim
-from imagekiln.config import DataConfig, Recipe, parse, read_toml, write_toml
-from imagekiln.core import mix
+from imagekiln.config import DataConfig, Recipe, override, parse, read_toml, write_toml
 from imagekiln.engine import compare as comparing
-from imagekiln.engine import device, pictures, plan
+from imagekiln.engine import device, pictures, plan, sheets
 from imagekiln.engine import evaluate as evaluation
 from imagekiln.engine import generate as generation
+from imagekiln.engine import propagate as propagating
 from imagekiln.engine import recipe as recipes
+from imagekiln.engine import show as showing
 from imagekiln.engine.run import Run, disk_faults
 from imagekiln.engine.tracker import Several, Silent, TensorBoard
 from imagekiln.engine.trainer import Trainer
 from imagekiln.errors import ImagekilnError, RecipeError, UsageError
+from imagekiln.report import prepared as prepared_page
 
 Report = Callable[[int, int], None]
 """Told (done, total) now and then during long work."""
@@ -53,11 +55,14 @@ FREE_TO_CHANGE = {
 
 @dataclass(frozen=True)
 class Drawn:
-    """What `generate` wrote."""
+    """What `generate` wrote; walk, strip and mix where they were asked for."""
 
     pictures: list[Path]
     grid: Path
     weights: Path
+    walk: Path | None = None
+    strip: Path | None = None
+    mix: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -72,16 +77,60 @@ class Planned:
     notices: list[str] = field(default_factory=list)
 
 
-def prepare(source: str | Path, out: str | Path, progress: Report | None = None, **settings: Any) -> datasets.Dataset:
-    """Read, clean and pack pictures into a folder that trains without decoding again.
+def prepare(
+    source: str | Path | Sequence[str | Path] | None,
+    out: str | Path,
+    progress: Report | None = None,
+    *,
+    restore: Sequence[str] = (),
+    drop: Sequence[str] = (),
+    propagate: float | None = None,
+    assignments: Sequence[str] = (),
+    report: bool = True,
+    say: Callable[[str], None] | None = None,
+    **settings: Any,
+) -> datasets.Dataset:
+    """Collect, check, clean, split and pack pictures into a folder that trains without decoding again.
 
-    source: a folder in the imagefolder convention, a zip of one, or `builtin:digits|fashion-mnist|cifar10`.
-    settings: fields of `imagekiln.config.DataConfig`, for example `size=64`.
+    source: one or several of what `docs/guide/data.md` lists: folders, archives, shards, parquet files, or
+        `builtin:digits|fashion-mnist|cifar10`. None takes those of the prepared set in `out`.
+    out: the folder. A set that is there is brought up to date; only files that are new or have changed are opened.
+    restore, drop: files whose decision is changed: kept although a check would leave them out, or left out.
+    propagate: confidence from which a label that classifiers of the labelled pictures propose for an unlabelled one is
+        accepted, for example 0.95; `proposals.csv` lists them all. say: is told what is going on meanwhile.
+    assignments: settings as text, such as `clean.min_side=32`; settings: fields of `PrepareConfig`, such as `size=64`.
+    report: write `report.html` beside the set.
 
     Raises:
-        DataError: no usable picture. UsageError: no such source.
+        DataError: no usable picture. UsageError: no such source, file or setting. DiskError: `out` cannot be written.
     """
-    return datasets.write_prepared(parse(DataConfig, {"path": str(source), **settings}, "data"), Path(out), progress)
+    named = [source] if isinstance(source, str | Path) else list(source or [])
+    sources, folder = [str(one) for one in named], Path(out)
+    config = parse(datasets.PrepareConfig, override(dict(settings), assignments), "prepare")
+    known = datasets.published(sources[0]) if len(sources) == 1 else None
+    if known is not None:
+        shaping = config.model_dump(include={"size", "channels", "fit", "background", "validation_fraction"})
+        return datasets.write_published(*known, DataConfig(**shaping), folder)
+    edits = datasets.Edits(tuple(restore), tuple(drop))
+    prepared = datasets.prepare(sources, folder, config, edits=edits, progress=progress)
+    if propagate is not None:
+        prepared = _with_proposed_labels(prepared, config, propagate, say or (lambda sentence: None))
+    if report:
+        prepared_page.write(prepared, folder / "report.html")
+    return datasets.load(DataConfig(path=str(folder)))
+
+
+def _with_proposed_labels(
+    prepared: datasets.Prepared, config: datasets.PrepareConfig, threshold: float, say: Callable[[str], None]
+) -> datasets.Prepared:
+    """The set with the labels that were accepted, and `proposals.csv` beside it."""
+    proposal = propagating.propagate(datasets.load(DataConfig(path=str(prepared.folder))), threshold, say=say)
+    say(proposal.summary())
+    accepted = {row.file: row.name for row in proposal.accepted}
+    if accepted:
+        prepared = datasets.prepare([], prepared.folder, config, edits=datasets.Edits(labels=accepted))
+    propagating.write_csv(proposal, prepared.folder / "proposals.csv")
+    return prepared
 
 
 def train(
@@ -162,6 +211,22 @@ def dry_run(
     return Planned(wanted, dataset.summary(), counts, device.describe(where), precision, notices)
 
 
+def show(
+    recipe: str,
+    data: str | Path,
+    out: str | Path,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    assignments: Sequence[str] = (),
+    progress: Report | None = None,
+) -> dict[str, Any]:
+    """Write the first batch `train` would see into the folder `out`, as it is and as `data.augment` changes it.
+
+    Returns what `batch.json` holds. Raises what `train` raises before its first step.
+    """
+    return showing.write(_resolve(recipe, data, settings, assignments), Path(out), progress=progress)
+
+
 def generate(
     run: Run | str | Path,
     n: int = 16,
@@ -173,18 +238,29 @@ def generate(
     nimg: int | None = None,
     average: str | None = None,
     device_name: str = "auto",
+    grid: str = "plain",
+    interpolate: int = 0,
+    fps: float = 20.0,
+    mix: int = 0,
+    crossover: int | None = None,
     progress: Report | None = None,
     **options: Any,
 ) -> Drawn:
     """Draw `n` pictures into `out`: `000000.png` ... at the model's own size, and `grid.png`.
 
     Picture i depends on (weights, seed, i, label) alone, not on `n` or `batch`. Without a label the classes take turns.
-    options: what the family offers, for example `steps=25, guidance=1.5` for diffusion.
+    grid: `plain`, or `class` for a row a class with its name.
+    interpolate: frames from each picture to the next in `walk.png`, an animated PNG that goes through all of them and
+        back to the first, `fps` frames a second; `strip.png` has the frames in one row.
+    mix: draw so many more pictures, and `mix.png`, where rows have the coarse styles of the `n` and columns the fine
+        ones of these; the first `crossover` places take the coarse one (half of them if None).
+    options: what the family offers, for example `steps=25, guidance=1.5` for diffusion, `truncation=0.7` for styles.
 
     Raises:
-        UsageError: no such run, label or option. DiskError: `out` cannot be written.
+        UsageError: no such run, label or option, or the model cannot do it. DiskError: `out` cannot be written.
     """
-    if not 1 <= n <= generation.MAX_IMAGES:
+    wanted = sheets.Sheets(grid, interpolate, fps, mix, crossover)
+    if n < 1 or n + mix > generation.MAX_IMAGES:
         raise UsageError(f"-n {n}: expected a number of pictures from 1 to {generation.MAX_IMAGES}.")
     run = run if isinstance(run, Run) else Run.open(run)
     model = generation.open_model(run, nimg, average, device_name)
@@ -192,8 +268,9 @@ def generate(
         raise UsageError(f"{run.path} holds a {model.family.config.name}, which judges pictures and draws none.")
     chosen = generation.options_for(model.family, options)
     classes = max(1, model.family.num_classes)
-    labels = [model.label(label)] * n if label is not None else [index % classes for index in range(n)]
-    seeds = [mix(seed, "generate", index) for index in range(n)]
+    labels = [model.label(label)] * (n + mix) if label is not None else [index % classes for index in range(n + mix)]
+    wanted.require(model, labels)
+    seeds = generation.seeds_for(seed, n + mix)
     folder = Path(out)
     with disk_faults(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -204,14 +281,12 @@ def generate(
             for image in images:
                 paths.append(folder / f"{len(paths):06d}.png")
                 pictures.write(pictures.to_picture(image), paths[-1])
-            if len(first) * batch < 100:
+            if sum(map(len, first)) < wanted.kept(n):
                 first.append(images)
             if progress is not None:
-                progress(len(paths), n)
-    shown = torch.cat(first)[:100]
-    columns = pictures.columns_for(len(shown), model.family.num_classes if label is None else 0)
-    pictures.write(pictures.grid(shown, columns), folder / "grid.png")
-    return Drawn(paths, folder / "grid.png", model.weights)
+                progress(len(paths), n + mix)
+        sheet = wanted.write(folder, model, torch.cat(first), seeds, labels, chosen, batch)
+    return Drawn(paths, sheet.pop("grid"), model.weights, **sheet)
 
 
 def evaluate(
@@ -378,5 +453,6 @@ __all__ = [
     "export",
     "generate",
     "prepare",
+    "show",
     "train",
 ]

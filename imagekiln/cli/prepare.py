@@ -1,9 +1,9 @@
-"""`imagekiln prepare`: read, clean and pack pictures once."""
+"""`imagekiln prepare`: collect, check, clean, split and pack pictures once."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,22 +11,85 @@ from imagekiln.cli.output import DebugOption, JsonOption, answer, progress, say
 
 
 def prepare(
-    source: Annotated[str, typer.Argument(help="Folder, zip, or builtin:NAME.")],
+    sources: Annotated[list[str] | None, typer.Argument(help="Folders, archives, shards, or builtin:NAME.")] = None,
+    *,
     out: Annotated[Path, typer.Option("--out", help="Folder for the prepared set.")],
-    size: Annotated[int, typer.Option("--size", min=0, max=1024, help="Pixels; 0 keeps the set's own size.")] = 0,
-    fit: Annotated[str, typer.Option("--fit", help="crop or pad.")] = "crop",
-    channels: Annotated[int, typer.Option("--channels", help="1, 3 or 4; 0 looks at the pictures.")] = 0,
-    background: Annotated[str, typer.Option("--background", help="Colour behind transparency.")] = "white",
+    size: Annotated[int | None, typer.Option("--size", help="Pixels; 0 keeps the set's own size.")] = None,
+    fit: Annotated[str | None, typer.Option("--fit", help="crop or pad.")] = None,
+    channels: Annotated[int | None, typer.Option("--channels", help="1, 3 or 4; 0 looks at the pictures.")] = None,
+    background: Annotated[str | None, typer.Option("--background", help="Colour behind transparency.")] = None,
+    caption_encoding: Annotated[
+        str | None, typer.Option("--caption-encoding", help="Of text files that are not UTF-8, such as gb18030.")
+    ] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="A setting, such as clean.min_side=32.")] = None,
+    restore: Annotated[
+        list[str] | None, typer.Option("--restore", help="Keep this file whatever a check says.")
+    ] = None,
+    drop: Annotated[list[str] | None, typer.Option("--drop", help="Leave this file out.")] = None,
+    urls: Annotated[Path | None, typer.Option("--urls", help="List of addresses to download pictures from.")] = None,
+    propagate: Annotated[
+        float | None, typer.Option("--propagate-labels", help="Propose labels; accept from this confidence on.")
+    ] = None,
+    show: Annotated[Path | None, typer.Option("--show", help="Also write a first batch as pictures here.")] = None,
+    shards: Annotated[Path | None, typer.Option("--shards", help="Also write WebDataset shards here.")] = None,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html beside the set.")] = True,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Read, check and pack pictures into a folder that `train` takes as --data."""
-    from imagekiln.config import DataConfig, parse
-    from imagekiln.data import write_prepared
+    """Collect, check, clean, split and pack pictures into a folder that `train` takes as --data.
 
-    settings = {"path": source, "size": size, "fit": fit, "channels": channels, "background": background}
-    dataset = write_prepared(parse(DataConfig, settings, "data"), out, progress("Reading pictures"))
+    The same command again only looks at what is new. Nothing in the sources is changed.
+    """
+    from imagekiln import api
+    from imagekiln.data import URLS, is_prepared, open_prepared, write_shards
+
+    given = {
+        "size": size,
+        "fit": fit,
+        "channels": channels,
+        "background": background,
+        "caption_encoding": caption_encoding,
+    }
+    dataset = api.prepare(
+        [*(sources or []), *([f"{URLS}{urls}"] if urls else [])],
+        out,
+        progress("Looking at pictures"),
+        restore=restore or (),
+        drop=drop or (),
+        propagate=propagate,
+        assignments=settings or (),
+        report=report,
+        say=say,
+        **{name: value for name, value in given.items() if value is not None},
+    )
     for notice in dataset.notices:
         say(notice)
-    facts = {"out": out, "summary": dataset.summary(), "left_out": dataset.left_out, "notices": dataset.notices}
-    answer(f"{dataset.summary()}\nPrepared: {out}", facts, as_json)
+    prepared = open_prepared(out) if is_prepared(out) else None
+    lines = [dataset.summary()]
+    counted = prepared.about["checks"] if prepared else {}
+    for name, check in counted.items():
+        if check["found"]:
+            lines.append(f"  {check['found']:,} {name.replace('_', ' ')}: {_fate(check)}")
+    lines += [f"Prepared: {out}"] + ([f"Report:   {out / 'report.html'}"] if (out / "report.html").is_file() else [])
+    if shards is not None:
+        written = write_shards(dataset, shards)
+        lines.append(f"Shards:   {shards} ({len(written):,} pictures)")
+    if show is not None:
+        api.show("diffusion", out, show)
+        lines.append(f"First batch: {show / 'batch.png'}")
+    facts = {
+        "out": out,
+        "summary": dataset.summary(),
+        "left_out": dataset.left_out,
+        "notices": dataset.notices,
+        "counts": prepared.about["counts"] if prepared else {},
+        "checks": counted,
+    }
+    answer("\n".join(lines), facts, as_json)
+
+
+def _fate(check: dict[str, Any]) -> str:
+    """What was done about what a check found."""
+    if not check["leaves_out"]:
+        return "kept"
+    return "left out" if check["left_out"] == check["found"] else f"{check['left_out']:,} left out"

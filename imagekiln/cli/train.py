@@ -20,6 +20,7 @@ def train(
     seed: Annotated[int | None, typer.Option("--seed", help="Same as --set train.seed=N.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="Same as --set train.device=NAME.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and leave.")] = False,
+    show: Annotated[Path | None, typer.Option("--show", help="Write the first batch as pictures here; leave.")] = None,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html at the end.")] = True,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -51,6 +52,10 @@ def train(
             "notices": planned.notices,
         }
         answer("\n".join(lines), facts, as_json)
+        return
+    if show is not None:
+        facts = api.show(recipe, data, show, assignments=assignments, progress=progress("Reading pictures"))
+        answer(f"The first batch: {show / 'batch.png'}", facts, as_json)
         return
     folder = out or Path("runs") / f"{_short(data)}-{_short(recipe)}"
     run = api.train(

@@ -94,6 +94,11 @@ def remarks(recipe: Recipe) -> list[str]:
         )
         if sentence := optim.anneals_twice(optim.schedule(one.langevin.schedule), rate):
             found.append(f"optim.{key}.langevin: {sentence}")
+    told, changes = getattr(recipe.family, "augment_condition", None), recipe.data.augment.changes
+    if told and not changes:
+        found.append("family.augment_condition: data.augment changes nothing, so there is nothing to tell.")
+    if told is False and changes:
+        found.append("data.augment: drawn pictures will show these changes; set family.augment_condition = true.")
     return found
 
 

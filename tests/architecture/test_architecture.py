@@ -146,6 +146,7 @@ def test_no_cycles_not_even_inside_functions() -> None:
 
 MAY_NAME_A_FAMILY = {
     "cli/train.py": {"diffusion": "the recipe that is trained when none is named"},
+    "cli/prepare.py": {"diffusion": "the recipe whose first batch is shown"},
     "cli/recipe.py": {"diffusion": "the recipe whose schema is printed when none is named"},
     "engine/bench.py": {"classifier": "a kind of features"},
     "config.py": {"classifier": "a kind of features"},

@@ -1,0 +1,196 @@
+"""A prepared set: one look, decisions that can be taken back, and a second run that only opens what is new."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagekiln.config import DataConfig
+from imagekiln.data import Edits, PrepareConfig, is_prepared, load, open_prepared, pixels, prepare
+from imagekiln.errors import DataError, DiskError, UsageError
+
+
+def scene(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
+    """A smooth picture with some detail, unlike every other seed."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    noisy = np.asarray(coarse).astype(int) + rng.integers(-20, 21, (size[1], size[0], 1))
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Twenty pictures in two classes, one exact copy, one blank, one that is cut, one text file named as a picture."""
+    root = tmp_path / "photos"
+    for index in range(20):
+        folder = root / ("cat" if index % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        scene(index).save(folder / f"{index:02d}.png")
+    shutil.copy(root / "cat" / "01.png", root / "cat" / "copy.png")
+    Image.new("RGB", (48, 40), "grey").save(root / "dog" / "blank.png")
+    raw = (root / "dog" / "00.png").read_bytes()
+    (root / "dog" / "cut.png").write_bytes(raw[: len(raw) // 2])
+    (root / "dog" / "text.jpg").write_text("hello")
+    return root
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def left_out(folder: Path) -> dict[str, str]:
+    with (folder / "left_out.csv").open(encoding="utf-8", newline="") as stream:
+        return {row["file"]: row["reason"] for row in csv.DictReader(stream)}
+
+
+CONFIG = PrepareConfig(size=16)
+
+
+def test_a_set_is_cleaned_split_and_opened_as_data(photos: Path, tmp_path: Path) -> None:
+    before = contents(photos)
+    prepared = prepare([str(photos)], tmp_path / "set", CONFIG)
+    assert contents(photos) == before
+    assert prepared.about["counts"] | {"train": 0, "validation": 0} == {
+        "files": 24,
+        "usable": 22,
+        "kept": 20,
+        "left_out": 4,
+        "train": 0,
+        "validation": 0,
+        "test": 0,
+    }
+    reasons = left_out(tmp_path / "set")
+    assert set(reasons) == {"cat/copy.png", "dog/blank.png", "dog/cut.png", "dog/text.jpg"}
+    assert "01.png" in reasons["cat/copy.png"] and reasons["dog/text.jpg"] == "not an image (text)"
+    dataset = load(DataConfig(path=str(tmp_path / "set")))
+    assert len(dataset.train) + len(dataset.validation) == 20 and dataset.train.class_names == ("cat", "dog")
+    # Every row's pixels are those of its file: places in the array are not mixed up.
+    for source in (dataset.train, dataset.validation):
+        for index, file in enumerate(source.files):
+            plain = load(DataConfig(path=str(photos), size=16), tmp_path / "cache")
+            both = {
+                name: side.read([n]).images
+                for side in (plain.train, plain.validation)
+                for n, name in enumerate(side.files)
+            }
+            assert source.read([index]).images.equal(both[file])
+
+
+def test_the_second_run_opens_only_what_is_new(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    see = pixels.see
+
+    def watched(found, picture, *args, **settings):  # type: ignore[no-untyped-def]
+        seen.append(picture.name)
+        return see(found, picture, *args, **settings)
+
+    monkeypatch.setattr(pixels, "see", watched)
+    first = prepare([str(photos)], tmp_path / "set", CONFIG)
+    assert len(seen) == 24
+    seen.clear()
+    before = contents(tmp_path / "set")
+    prepare([str(photos)], tmp_path / "set", CONFIG)
+    assert not seen and contents(tmp_path / "set") == before
+    scene(100).save(photos / "cat" / "new.png")
+    scene(101).save(photos / "dog" / "00.png")
+    (photos / "cat" / "03.png").unlink()
+    second = prepare([str(photos)], tmp_path / "set", CONFIG)
+    assert sorted(seen) == ["cat/new.png", "dog/00.png"]
+    fresh = prepare([str(photos)], tmp_path / "other", CONFIG)
+    rows = {row["file_name"]: row["digest"] for row in fresh.rows}
+    assert {row["file_name"]: row["digest"] for row in second.rows} == rows
+    for row in second.rows:
+        other = next(one for one in fresh.rows if one["file_name"] == row["file_name"])
+        assert (second.images_NCHW[row["row"]] == fresh.images_NCHW[other["row"]]).all()
+    assert (second.survey.measured == fresh.survey.measured).all() and len(first.rows) == len(second.rows)
+    seen.clear()
+    prepare([str(photos)], tmp_path / "set", PrepareConfig(size=24))
+    assert len(seen) == 24
+
+
+def test_a_picture_keeps_its_side_when_others_come(photos: Path, tmp_path: Path) -> None:
+    config = PrepareConfig(size=16, validation_fraction=0.3, test_fraction=0.2)
+    before = {row["file_name"]: row["split"] for row in prepare([str(photos)], tmp_path / "set", config).rows}
+    for index in range(200, 240):
+        scene(index).save(photos / "cat" / f"{index}.png")
+    after = {row["file_name"]: row["split"] for row in prepare([str(photos)], tmp_path / "set", config).rows}
+    assert {name: after[name] for name in before} == before and len(after) == len(before) + 40
+    assert set(after.values()) == {"train", "validation", "test"}
+    assert load(DataConfig(path=str(tmp_path / "set"))).test is not None
+
+
+def test_decisions_are_taken_back_without_the_pictures(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    first = prepare([str(photos)], out, CONFIG)
+    shutil.rmtree(photos)
+    edited = prepare([], out, CONFIG, edits=Edits(restore=("dog/blank.png",), drop=("cat/05.png",)))
+    names = {row["file_name"] for row in edited.rows}
+    assert "dog/blank.png" in names and "cat/05.png" not in names
+    assert left_out(out)["cat/05.png"] == "dropped by hand" and "dog/blank.png" not in left_out(out)
+    again = prepare([], out, CONFIG, edits=Edits(restore=("cat/05.png",), drop=("dog/blank.png",)))
+    assert {row["file_name"] for row in again.rows} == {row["file_name"] for row in first.rows}
+    with pytest.raises(UsageError, match=r"no file 'cat/5\.png'. Did you mean"):
+        prepare([], out, CONFIG, edits=Edits(drop=("cat/5.png",)))
+    assert is_prepared(out)
+
+
+def test_accepted_labels_are_marked(photos: Path, tmp_path: Path) -> None:
+    (photos / "metadata.csv").write_text(
+        "file_name,label\n" + "".join(f"cat/{i:02d}.png,cat\n" for i in (1, 3, 5)) + "dog/00.png,dog\ncat/07.png,\n"
+    )
+    out = tmp_path / "set"
+    prepare([str(photos)], out, CONFIG)
+    rows = prepare([], out, CONFIG, edits=Edits(labels={"cat/07.png": "cat"})).rows
+    proposed = [row for row in rows if row.get("label_from") == "proposed"]
+    assert [row["file_name"] for row in proposed] == ["cat/07.png"] and proposed[0]["label"] == 0
+
+
+def test_grey_sets_become_coloured_when_colour_comes(tmp_path: Path) -> None:
+    root = tmp_path / "grey"
+    root.mkdir()
+    for index in range(6):
+        scene(index).convert("L").save(root / f"{index}.png")
+    assert prepare([str(root)], tmp_path / "set", CONFIG).images_NCHW.shape == (6, 1, 16, 16)
+    scene(7).save(root / "7.png")
+    assert prepare([str(root)], tmp_path / "set", CONFIG).images_NCHW.shape == (7, 3, 16, 16)
+
+
+def test_what_is_refused(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    with pytest.raises(UsageError, match="holds no prepared set"):
+        prepare([str(photos)], out, CONFIG, edits=Edits(drop=("a.png",)))
+    with pytest.raises(UsageError, match="No pictures were named"):
+        prepare([], out, CONFIG)
+    prepare([str(photos)], out, CONFIG)
+    other = tmp_path / "other"
+    other.mkdir()
+    scene(1).save(other / "a.png")
+    with pytest.raises(UsageError, match="holds a set prepared from"):
+        prepare([str(other)], out, CONFIG)
+    with pytest.raises(UsageError, match="not a prepared set"):
+        prepare([str(photos)], other, CONFIG)
+    with pytest.raises(DataError, match="Every picture would be left out"):
+        prepare([str(photos)], tmp_path / "x", PrepareConfig.model_validate({"size": 16, "clean": {"min_side": 4000}}))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match="cannot be written"):
+        prepare([str(photos)], tmp_path / "file" / "set", CONFIG)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_damaged_surveys_are_named(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    prepare([str(photos)], out, CONFIG)
+    for file, content in (("survey/files.jsonl", "{}\n"), ("survey/measured.npy", "x"), ("findings.jsonl", "{")):
+        keep = (out / file).read_bytes()
+        (out / file).write_text(content)
+        with pytest.raises(DataError, match="is damaged"):
+            open_prepared(out)
+        (out / file).write_bytes(keep)
+    about = json.loads((out / "prepare.json").read_text())
+    assert about["version"] == 2 and about["settings"]["size"] == 16
