@@ -46,6 +46,7 @@ from imagekiln.metrics import (
 from imagekiln.metrics.features import SMALLEST_SIDE
 
 BATCH = 100
+_CHUNK = 1000
 LARGEST_BANK = 20_000
 """Training pictures searched for copies; a set with more is sampled."""
 
@@ -119,13 +120,25 @@ class Bench:
         return min(wanted, len(self.dataset.validation))
 
     def labels(self, count: int) -> list[int]:
-        """Labels to ask for, in the proportions of the training set."""
+        """Labels to ask for: every class as often as its share of the training set says, in random order.
+
+        Shares are met as nearly as whole numbers can (largest remainders): labels drawn at random would add the chance
+        of their own shares to every distance.
+        """
         source = self.dataset.train
         if not source.num_classes:
             return [-1] * count
-        rows = _rows(len(source), count, mix(self.seed, "labels"))
-        known = source.read(rows).labels
-        return [-1] * count if known is None else known.tolist()
+        chunks = (range(start, min(start + _CHUNK, len(source))) for start in range(0, len(source), _CHUNK))
+        known = [labels for chunk in chunks if (labels := source.read(chunk).labels) is not None]
+        if not known:
+            return [-1] * count
+        names, found = torch.cat(known).unique(return_counts=True)
+        exact = found.double() * count / len(source)
+        counts = exact.floor().long()
+        rest = (counts - exact).argsort(stable=True)[: count - int(counts.sum())]
+        counts[rest] += 1
+        labels = names.repeat_interleave(counts)
+        return labels[torch.tensor(_rows(count, count, mix(self.seed, "labels")), dtype=torch.int64)].tolist()
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 

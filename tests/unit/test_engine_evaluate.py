@@ -27,6 +27,17 @@ def by_name(rows: list) -> dict:
     return {row.metric: row for row in rows}
 
 
+def test_labels_are_asked_for_in_the_shares_of_the_training_set(bench: evaluate.Bench) -> None:
+    train = bench.dataset.train
+    known = train.read(range(len(train))).labels
+    shares = torch.bincount(known, minlength=10).double() / len(known)
+    for count in (10, 137, 500):
+        labels = torch.tensor(bench.labels(count))
+        assert len(labels) == count and labels.tolist() == bench.labels(count)
+        assert (torch.bincount(labels, minlength=10) - shares * count).abs().max() < 1
+    assert labels.tolist() != sorted(labels.tolist())  # a part of them is a fair sample, too
+
+
 def test_real_pictures_score_like_real_ones(bench: evaluate.Bench) -> None:
     train = bench.dataset.train
     rows = torch.randperm(len(train), generator=torch.Generator().manual_seed(5))[:400].tolist()
