@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from imagekiln.cli.output import DebugOption, JsonOption, answer, progress, say
+
+if TYPE_CHECKING:
+    from imagekiln.data import Dataset
 
 
 def prepare(
@@ -41,15 +44,9 @@ def prepare(
     The same command again only looks at what is new. Nothing in the sources is changed.
     """
     from imagekiln import api
-    from imagekiln.data import URLS, is_prepared, open_prepared, write_shards
+    from imagekiln.data import URLS, write_shards
 
-    given = {
-        "size": size,
-        "fit": fit,
-        "channels": channels,
-        "background": background,
-        "caption_encoding": caption_encoding,
-    }
+    given = dict(size=size, fit=fit, channels=channels, background=background, caption_encoding=caption_encoding)
     dataset = api.prepare(
         [*(sources or []), *([f"{URLS}{urls}"] if urls else [])],
         out,
@@ -64,28 +61,33 @@ def prepare(
     )
     for notice in dataset.notices:
         say(notice)
-    prepared = open_prepared(out) if is_prepared(out) else None
-    lines = [dataset.summary()]
-    counted = prepared.about["checks"] if prepared else {}
-    for name, check in counted.items():
-        if check["found"]:
-            lines.append(f"  {check['found']:,} {name.replace('_', ' ')}: {_fate(check)}")
-    lines += [f"Prepared: {out}"] + ([f"Report:   {out / 'report.html'}"] if (out / "report.html").is_file() else [])
+    lines, facts = _told(dataset, out)
     if shards is not None:
-        written = write_shards(dataset, shards)
-        lines.append(f"Shards:   {shards} ({len(written):,} pictures)")
+        lines.append(f"Shards:   {shards} ({len(write_shards(dataset, shards)):,} pictures)")
     if show is not None:
         api.show("diffusion", out, show)
         lines.append(f"First batch: {show / 'batch.png'}")
+    answer("\n".join(lines), facts, as_json)
+
+
+def _told(dataset: Dataset, out: Path) -> tuple[list[str], dict[str, Any]]:
+    """Lines for a person and facts for a program."""
+    from imagekiln.data import is_prepared, open_prepared
+
+    about = open_prepared(out).about if is_prepared(out) else {"checks": {}, "counts": {}}
+    found = [(name, check) for name, check in about["checks"].items() if check["found"]]
+    lines = [dataset.summary()]
+    lines += [f"  {check['found']:,} {name.replace('_', ' ')}: {_fate(check)}" for name, check in found]
+    lines += [f"Prepared: {out}"] + ([f"Report:   {out / 'report.html'}"] if (out / "report.html").is_file() else [])
     facts = {
         "out": out,
         "summary": dataset.summary(),
         "left_out": dataset.left_out,
         "notices": dataset.notices,
-        "counts": prepared.about["counts"] if prepared else {},
-        "checks": counted,
+        "counts": about["counts"],
+        "checks": about["checks"],
     }
-    answer("\n".join(lines), facts, as_json)
+    return lines, facts
 
 
 def _fate(check: dict[str, Any]) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from imagekiln.cli.output import DebugOption, JsonOption, answer, progress, say
 from imagekiln.errors import UsageError
+
+if TYPE_CHECKING:
+    from imagekiln.api import Planned
 
 
 def train(
@@ -35,23 +38,7 @@ def train(
     from imagekiln.engine.tracker import Console
 
     if dry_run:
-        planned = api.dry_run(recipe, data, assignments=assignments, progress=progress("Reading pictures"))
-        counts = ", ".join(f"{name} {count:,}" for name, count in planned.parameters.items())
-        lines = [
-            planned.summary,
-            *planned.notices,
-            f"Parameters: {counts}",
-            f"Device: {planned.device}, {planned.precision}",
-            "Nothing was written.",
-        ]
-        facts = {
-            "recipe": planned.recipe.model_dump(mode="json"),
-            "parameters": planned.parameters,
-            "device": planned.device,
-            "precision": planned.precision,
-            "notices": planned.notices,
-        }
-        answer("\n".join(lines), facts, as_json)
+        _say_plan(api.dry_run(recipe, data, assignments=assignments, progress=progress("Reading pictures")), as_json)
         return
     if show is not None:
         facts = api.show(recipe, data, show, assignments=assignments, progress=progress("Reading pictures"))
@@ -76,6 +63,26 @@ def train(
         f"Next: imagekiln generate {run.path} -n 16 --out pictures"
     )
     answer(text, {"run": str(run.path), **run.status()}, as_json)
+
+
+def _say_plan(planned: Planned, as_json: bool) -> None:
+    """What `--dry-run` answers."""
+    counts = ", ".join(f"{name} {count:,}" for name, count in planned.parameters.items())
+    lines = [
+        planned.summary,
+        *planned.notices,
+        f"Parameters: {counts}",
+        f"Device: {planned.device}, {planned.precision}",
+        "Nothing was written.",
+    ]
+    facts = {
+        "recipe": planned.recipe.model_dump(mode="json"),
+        "parameters": planned.parameters,
+        "device": planned.device,
+        "precision": planned.precision,
+        "notices": planned.notices,
+    }
+    answer("\n".join(lines), facts, as_json)
 
 
 def _short(name: str) -> str:

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from imagekiln.config import Fraction, Section
 from imagekiln.data import checks, packed, sides
+from imagekiln.data.captions import from_template
 from imagekiln.data.checks import CleanConfig, Finding
 from imagekiln.data.files import printable
 from imagekiln.data.found import Picture, class_names
@@ -37,6 +38,10 @@ class PrepareConfig(Section):
     validation_fraction: Fraction = Field(0.1, description="share held out, by hash of the pixels")
     test_fraction: Fraction = Field(0.0, description="share that neither training nor validation sees")
     caption_encoding: str = Field("utf-8", description="of captions and metadata that are not UTF-8")
+    caption_templates: tuple[str, ...] = Field(
+        (),
+        description="for pictures with a label and no caption, such as 'a photo of a {label}'; picked by name",
+    )
     clean: CleanConfig = CleanConfig()
 
 
@@ -150,7 +155,10 @@ def _rows(
     sizes = Counter(groups[list(kept)].tolist())
     rows = []
     for index, side in zip(kept, where, strict=True):
-        picture = Picture(survey.names[index], labels[index], survey.texts[index])
+        name, label, text = survey.names[index], labels[index], survey.texts[index]
+        if text is None and label is not None and config.caption_templates:
+            text = from_template(label, config.caption_templates, 0, name)
+        picture = Picture(name, label, text)
         row = packed.row_of(picture, survey.digests[index], names)
         row |= {"row": int(survey.places[index]), "split": side}
         rows.append(row | ({"group": int(groups[index])} if sizes[groups[index]] > 1 else {}))

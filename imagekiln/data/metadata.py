@@ -16,11 +16,11 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import PurePosixPath
 
+from imagekiln.data.captions import MAX_CAPTION, shorten
 from imagekiln.data.files import Files, escapes, normal, printable
 from imagekiln.data.found import Found, Picture, as_label, as_text, listed
 from imagekiln.errors import DataError, UsageError, did_you_mean
 
-MAX_CAPTION = 10_000  # characters
 _MAX_METADATA_BYTES = 512 * 2**20
 _TABLES = ("metadata.csv", "metadata.jsonl")
 _MARKS = (  # the longer marks first: the one of UTF-32 begins like the one of UTF-16
@@ -97,8 +97,8 @@ def _previews(raw: bytes) -> str:
 
 
 def cleaned(text: str | None) -> str | None:
-    """A caption without NUL and outer space, cut to `MAX_CAPTION` characters; None when nothing is left."""
-    return (text or "").replace("\0", "").strip()[:MAX_CAPTION] or None
+    """A caption without NUL and outer space, cut between words to `MAX_CAPTION` characters; None if nothing is left."""
+    return shorten((text or "").replace("\0", "").strip()) or None
 
 
 # --- what lies beside the pictures -----------------------------------------------------------------------------------

@@ -19,9 +19,8 @@ import json
 import os
 import tarfile
 import threading
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -32,7 +31,7 @@ from PIL import Image
 
 from imagekiln.config import DataConfig
 from imagekiln.core import UNLABELLED, Batch
-from imagekiln.data import decode
+from imagekiln.data import decode, pixels
 from imagekiln.data.files import printable
 from imagekiln.data.packed import write_aside
 from imagekiln.data.shard_index import COLUMNS, INDEX, SPLITS, VERSION, Shards, open_shards
@@ -42,8 +41,6 @@ from imagekiln.errors import DataError, DiskError, UsageError
 SHARD_BYTES = 256 * 2**20
 CACHE_BYTES = 256 * 2**20
 
-
-_THREADS = max(1, min(8, os.cpu_count() or 1))
 _ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "png": ("PNG", {"compress_level": 6}),
     "jpg": ("JPEG", {"subsampling": 0}),
@@ -121,7 +118,9 @@ def _rows(dataset: Dataset) -> Iterator[Row]:
     if dataset.train is dataset.validation:
         sides = {"train": dataset.train, "test": dataset.test}
     for side, source in sides.items():
-        for index in range(len(source) if source is not None else 0):
+        if source is None:
+            continue
+        for index in range(len(source)):
             images_BCHW, labels_B = source.read([index])[:2]
             yield Row(
                 images_BCHW[0].permute(1, 2, 0).numpy(),
@@ -137,8 +136,9 @@ def _write_all(
 ) -> None:
     number, channels, texts, writer = 0, 0, False, None
     listed: list[str] = []  # one JSON object a shard: far smaller than the numbers in it
+    pool = ThreadPoolExecutor(pixels.THREADS)
     try:
-        for row, encoded in _in_order(rows, format, quality):
+        for row, encoded in pixels.in_order(pool, lambda row: _encoded(row, format, quality), rows):
             if not UNLABELLED <= row.label < len(class_names) or row.split not in SPLITS:
                 words = f"label {row.label} of {len(class_names)} classes, split {row.split!r}"
                 raise UsageError(f"{printable(row.file)} has {words}: such a picture cannot be written.")
@@ -150,6 +150,7 @@ def _write_all(
         if writer is not None:
             listed, writer = [*listed, writer.close()], None
     finally:
+        pool.shutdown(cancel_futures=True)
         if writer is not None:
             writer.close()
     if not number:
@@ -160,36 +161,18 @@ def _write_all(
         stream.write(head[:-1] + ', "shards": [\n' + ",\n".join(listed) + "\n]}\n")
 
 
-def _in_order(rows: Iterable[Row], format: Format, quality: int) -> Iterator[tuple[Row, tuple[str, bytes]]]:
-    """(row, (digest, encoded picture)) in order, encoded by a few threads; leaving early cancels the rest."""
-    waiting: deque[tuple[Row, Future[tuple[str, bytes]]]] = deque()
-    with ThreadPoolExecutor(_THREADS) as pool:
-        try:
-            for row in rows:
-                waiting.append((row, pool.submit(_encoded, row, format, quality)))
-                if len(waiting) > 2 * _THREADS:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            while waiting:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        finally:
-            for _, future in waiting:
-                future.cancel()
-
-
 def _encoded(row: Row, format: Format, quality: int) -> tuple[str, bytes]:
     """Digest and file of a picture; what could not be read back is refused."""
-    pixels, name = row.pixels_HWC, printable(row.file)
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4):
-        raise UsageError(f"{name} is {pixels.dtype} {pixels.shape}; expected uint8 with 1, 3 or 4 channels.")
-    if format == "jpg" and pixels.shape[2] == 4:
+    shown, name = row.pixels_HWC, printable(row.file)
+    if shown.dtype != np.uint8 or shown.ndim != 3 or shown.shape[2] not in (1, 3, 4):
+        raise UsageError(f"{name} is {shown.dtype} {shown.shape}; expected uint8 with 1, 3 or 4 channels.")
+    if format == "jpg" and shown.shape[2] == 4:
         raise UsageError(f"{name} has transparency, which JPEG cannot hold. Write png or webp shards.")
-    content = row.digest or digest(pixels.transpose(2, 0, 1))
+    content = row.digest or digest(shown.transpose(2, 0, 1))
     stream, (kind, options) = io.BytesIO(), _ENCODERS[format]
-    if pixels.shape[2] == 1:
-        pixels = pixels[..., 0]
-    Image.fromarray(np.ascontiguousarray(pixels)).save(
+    if shown.shape[2] == 1:
+        shown = shown[..., 0]
+    Image.fromarray(np.ascontiguousarray(shown)).save(
         stream, kind, **({**options, "quality": quality} if format == "jpg" else options)
     )
     try:

@@ -161,7 +161,8 @@ def test_compare(cli, reference, tmp_path: Path) -> None:
 def test_prepare_then_train(cli, tiny, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     for index in range(20):
-        Image.new("RGB", (20, 12), (index, 2 * index, 255 - index)).save(tmp_path / "photos" / f"{index}.png")
+        coarse = np.random.default_rng(index).integers(0, 256, (3, 5, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((20, 12)).save(tmp_path / "photos" / f"{index}.png")
     cli("prepare", tmp_path / "photos", "--size", 8, "--out", tmp_path / "set").ok()
     arguments = tiny("vae", tmp_path / "run", nimg=32)
     arguments[arguments.index("builtin:digits")] = str(tmp_path / "set")

@@ -151,6 +151,14 @@ def test_accepted_labels_are_marked(photos: Path, tmp_path: Path) -> None:
     assert [row["file_name"] for row in proposed] == ["cat/07.png"] and proposed[0]["label"] == 0
 
 
+def test_captions_are_made_from_labels_where_there_are_none(photos: Path, tmp_path: Path) -> None:
+    (photos / "dog" / "00.txt").write_text("my own {label}")
+    config = PrepareConfig(size=16, caption_templates=("a {label}", "one {label}, 100%"))
+    texts = {row["file_name"]: row["text"] for row in prepare([str(photos)], tmp_path / "set", config).rows}
+    assert texts.pop("dog/00.png") == "my own {label}"
+    assert set(texts.values()) == {"a cat", "a dog", "one cat, 100%", "one dog, 100%"}
+
+
 def test_grey_sets_become_coloured_when_colour_comes(tmp_path: Path) -> None:
     root = tmp_path / "grey"
     root.mkdir()

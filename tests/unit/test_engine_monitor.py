@@ -29,7 +29,7 @@ class Pictures:
     def __init__(self, path: str) -> None:
         source = data.load(DataConfig(path=path, validation_fraction=0.0)).train
         rows = torch.randperm(len(source), generator=torch.Generator().manual_seed(1))[:4000].tolist()
-        self.images, labels, _ = source.read(rows)
+        self.images, labels = source.read(rows)[:2]
         self.labels = torch.zeros(0) if labels is None else labels
         self.names = list(source.class_names)
         self.network = RandomConv(source.image_shape)
