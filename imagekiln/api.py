@@ -22,7 +22,7 @@ import torch
 
 from imagekiln import data as datasets
 from imagekiln import optim
-from imagekiln.config import DataConfig, Recipe, override, parse, read_toml, write_toml
+from imagekiln.config import DataConfig, Recipe, merge, override, parse, read_toml, write_toml
 from imagekiln.engine import compare as comparing
 from imagekiln.engine import device, pictures, plan, sheets
 from imagekiln.engine import evaluate as evaluation
@@ -92,8 +92,9 @@ def prepare(
 ) -> datasets.Dataset:
     """Collect, check, clean, split and pack pictures into a folder that trains without decoding again.
 
-    source: one or several of what `docs/guide/data.md` lists: folders, archives, shards, parquet files, or
-        `builtin:digits|fashion-mnist|cifar10`. None takes those of the prepared set in `out`.
+    source: one or several of what `docs/guide/prepare.md` lists: folders, archives, shards, parquet files, or
+        `builtin:digits|fashion-mnist|cifar10`. None takes those of the prepared set in `out`, and its settings where
+        none are given.
     out: the folder. A set that is there is brought up to date; only files that are new or have changed are opened.
     restore, drop: files whose decision is changed: kept although a check would leave them out, or left out.
     propagate: confidence from which a label that classifiers of the labelled pictures propose for an unlabelled one is
@@ -106,7 +107,8 @@ def prepare(
     """
     named = [source] if isinstance(source, str | Path) else list(source or [])
     sources, folder = [str(one) for one in named], Path(out)
-    config = parse(datasets.PrepareConfig, override(dict(settings), assignments), "prepare")
+    before = {} if sources or not datasets.is_prepared(folder) else datasets.open_prepared(folder).about["settings"]
+    config = parse(datasets.PrepareConfig, override(merge(before, settings), assignments), "prepare")
     known = datasets.published(sources[0]) if len(sources) == 1 else None
     if known is not None:
         shaping = config.model_dump(include={"size", "channels", "fit", "background", "validation_fraction"})
@@ -115,8 +117,9 @@ def prepare(
     prepared = datasets.prepare(sources, folder, config, edits=edits, progress=progress)
     if propagate is not None:
         prepared = _with_proposed_labels(prepared, config, propagate, say or (lambda sentence: None))
-    if report:
-        prepared_page.write(prepared, folder / "report.html")
+    page = folder / "report.html"
+    if report and not page.is_file():  # a set that was changed is a new folder, without the page of the old one
+        prepared_page.write(prepared, page)
     return datasets.load(DataConfig(path=str(folder)))
 
 
@@ -129,7 +132,7 @@ def _with_proposed_labels(
     accepted = {row.file: row.name for row in proposal.accepted}
     if accepted:
         prepared = datasets.prepare([], prepared.folder, config, edits=datasets.Edits(labels=accepted))
-    propagating.write_csv(proposal, prepared.folder / "proposals.csv")
+    propagating.write_csv(proposal, prepared.folder / datasets.PROPOSALS)
     return prepared
 
 

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from imagekiln.cli.output import DebugOption, JsonOption, answer
+from imagekiln.cli.output import DebugOption, JsonOption, RunArgument, answer
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    run: RunArgument,
     to: Annotated[str, typer.Option("--to", help="diffusers or safetensors.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     as_json: JsonOption = False,

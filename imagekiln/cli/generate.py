@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from imagekiln.cli.output import DebugOption, DeviceOption, JsonOption, answer, progress
+from imagekiln.cli.output import (
+    AverageOption,
+    DebugOption,
+    DeviceOption,
+    JsonOption,
+    NimgOption,
+    RunArgument,
+    answer,
+    progress,
+)
 
 TruncationOption = Annotated[
     float | None, typer.Option("--truncation", help="Less varied, more typical; for some GANs (0.7).")
@@ -25,7 +34,7 @@ CrossoverOption = Annotated[
 
 
 def generate(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    run: RunArgument,
     n: Annotated[int, typer.Option("-n", "--number", min=1, help="Number of pictures.")] = 16,
     out: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("pictures"),
     label: Annotated[str | None, typer.Option("--label", help="Class by name or number.")] = None,
@@ -41,8 +50,8 @@ def generate(
     crossover: CrossoverOption = None,
     options: Annotated[list[str] | None, typer.Option("--option", help="Another one, as name=value.")] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures at a time.")] = 64,
-    nimg: Annotated[int | None, typer.Option("--nimg", help="Weights after that many images.")] = None,
-    average: Annotated[str | None, typer.Option("--average", help="Moving average to draw with.")] = None,
+    nimg: NimgOption = None,
+    average: AverageOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
     debug: DebugOption = False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,9 @@ UNKNOWN_ERROR_EXIT = 1
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")]
+RunArgument = Annotated[Path, typer.Argument(help="Run folder.")]
+NimgOption = Annotated[int | None, typer.Option("--nimg", help="Weights after that many images.")]
+AverageOption = Annotated[str | None, typer.Option("--average", help="Moving average to draw with.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps or auto.")]
 
 

@@ -7,19 +7,28 @@ from typing import Annotated
 
 import typer
 
-from imagekiln.cli.output import DebugOption, DeviceOption, JsonOption, answer, progress
+from imagekiln.cli.output import (
+    AverageOption,
+    DebugOption,
+    DeviceOption,
+    JsonOption,
+    NimgOption,
+    RunArgument,
+    answer,
+    progress,
+)
 
 
 def project(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    run: RunArgument,
     picture: Annotated[Path, typer.Argument(help="Picture to look for.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("projection"),
     label: Annotated[str | None, typer.Option("--label", help="Draw it as this class [default: what fits].")] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the search.")] = 300,
     restarts: Annotated[int, typer.Option("--restarts", min=1, max=64, help="Starts that are followed.")] = 4,
     seed: Annotated[int, typer.Option("--seed", help="Other seed, other starts.")] = 0,
-    nimg: Annotated[int | None, typer.Option("--nimg", help="Weights after that many images.")] = None,
-    average: Annotated[str | None, typer.Option("--average", help="Moving average to draw with.")] = None,
+    nimg: NimgOption = None,
+    average: AverageOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
     debug: DebugOption = False,

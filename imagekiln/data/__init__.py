@@ -13,11 +13,12 @@ from imagekiln.data.files import printable
 from imagekiln.data.loader import Loader, to_float, to_uint8
 from imagekiln.data.pack import cache_folder, load, published, write_published
 from imagekiln.data.packed import cell
-from imagekiln.data.prepared import URLS, Prepared, is_prepared, open_prepared, prepare
+from imagekiln.data.prepared import PROPOSALS, URLS, Prepared, is_prepared, open_prepared, prepare
 from imagekiln.data.shards import write_dataset as write_shards
 from imagekiln.data.source import Dataset, MemmapSource
 
 __all__ = [
+    "PROPOSALS",
     "URLS",
     "Dataset",
     "Edits",

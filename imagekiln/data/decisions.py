@@ -23,7 +23,7 @@ from imagekiln.data.checks import CleanConfig, Finding
 from imagekiln.data.files import printable
 from imagekiln.data.found import Picture, class_names
 from imagekiln.data.survey import Survey
-from imagekiln.errors import DataError, UsageError, did_you_mean
+from imagekiln.errors import DataError
 
 FINDINGS = "findings.jsonl"
 
@@ -87,16 +87,18 @@ def write(folder: Path, seen: Seen, config: PrepareConfig, edits: Edits, sides_b
 
     sides_before: the side a file had in an earlier set.
 
-    Raises `UsageError` for an edit of a file that is not in the set, `DataError` when nothing would be kept.
+    Raises `DataError` when nothing would be kept.
     """
     survey = seen.survey
-    _check_names((*edits.restore, *edits.drop, *edits.labels), survey.names)
     found = checks.run(survey, config.clean)
     reasons = _reasons_to_leave_out(survey, found, config.clean, edits)
     kept = [index for index in survey.usable.tolist() if index not in reasons]
     if not kept:
         raise DataError("Every picture would be left out. Say which checks may do so with --set clean.leave_out=[...].")
-    labels = [edits.labels.get(name, label) for name, label in zip(survey.names, survey.labels, strict=True)]
+    given = dict(zip(survey.names, survey.labels, strict=True))
+    # A label that somebody gave since a proposal was accepted is worth more than the proposal.
+    proposed = {name: label for name, label in edits.labels.items() if name in given and given[name] is None}
+    labels = [proposed.get(name, label) for name, label in given.items()]
     names = class_names([labels[index] for index in kept])
     lost = sorted(set(class_names(labels)) - set(names))
     notices = list(seen.notices)
@@ -104,7 +106,7 @@ def write(folder: Path, seen: Seen, config: PrepareConfig, edits: Edits, sides_b
         notices.append(f"No usable pictures are left of: {', '.join(map(printable, lost))}.")
     rows = _rows(survey, kept, labels, names, checks.groups(survey, found), config, sides_before)
     for row in rows:
-        if row["file_name"] in edits.labels:
+        if row["file_name"] in proposed:
             row["label_from"] = "proposed"
     unusable = [(name, why) for name, why in zip(survey.names, survey.reasons, strict=True) if why]
     left_out: list[tuple[str, ...]] = [*seen.unread, *unusable]
@@ -124,14 +126,6 @@ def write(folder: Path, seen: Seen, config: PrepareConfig, edits: Edits, sides_b
         "checks": _check_counts(found, reasons, config.clean),
     }
     packed.write_texts(folder, about, rows, left_out)
-
-
-def _check_names(wanted: Sequence[str], names: Sequence[str]) -> None:
-    """Raises `UsageError` for the first file that is not in the set."""
-    known = set(names)
-    for name in wanted:
-        if name not in known:
-            raise UsageError(f"The set has no file {printable(name)!r}. {did_you_mean(name, names)}".rstrip())
 
 
 def _rows(

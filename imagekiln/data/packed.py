@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from imagekiln import signals
 from imagekiln.core import UNLABELLED
 from imagekiln.data.files import printable
 from imagekiln.data.scan import Picture
@@ -156,21 +157,28 @@ def write_aside(folder: Path, write: Callable[[Path], None], replace: bool = Fal
         write(aside)
         for file in aside.rglob("*"):
             _sync(file)
-        if replace:
-            folder.rename(old)
-        try:
-            aside.rename(folder)
-        except OSError:
-            if replace:
-                old.rename(folder)
-                raise
-            if not (folder / FILES[0]).is_file():  # else another process was faster, with the same pictures
-                raise
+        with signals.deferred():  # between the two renames there is no folder of that name
+            _put_in_place(aside, folder, old if replace else None)
         _sync(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         if folder.is_dir():
             shutil.rmtree(old, ignore_errors=True)
+    signals.raise_if_pending()
+
+
+def _put_in_place(aside: Path, folder: Path, old: Path | None) -> None:
+    """Rename a finished folder; old: where the one that is there goes."""
+    if old:
+        folder.rename(old)
+    try:
+        aside.rename(folder)
+    except OSError:
+        if old:
+            old.rename(folder)
+            raise
+        if not (folder / FILES[0]).is_file():  # else another process was faster, with the same pictures
+            raise
 
 
 def cell(text: str) -> str:

@@ -32,10 +32,13 @@ from imagekiln.data.pack import cache_folder
 from imagekiln.data.pixels import ProgressFn
 from imagekiln.data.source import digest
 from imagekiln.data.survey import MEASURES, THUMB, Survey
-from imagekiln.errors import DataError, DiskError, UsageError
+from imagekiln.errors import DataError, DiskError, UsageError, did_you_mean
 
 URLS = "urls:"
 """Before the path of a list of addresses, as a source."""
+
+PROPOSALS = "proposals.csv"
+"""The labels that were proposed for unlabelled pictures of a set, beside it."""
 
 _SURVEY = "survey"
 _SHAPING = ("size", "channels", "fit", "background", "caption_encoding")
@@ -87,7 +90,8 @@ def prepare(
 
     sources: whatever `collect.collect` reads, `hf:owner/name`, or `urls:` and the path of a list of addresses (see
         `data.download`); none takes those of the set in `out`, whose files are then not looked at.
-    edits: decisions about files, by their names in the set; remembered from then on.
+    config: without sources, what concerns the pixels has to be what it was.
+    edits: decisions about files, by their names in the set; remembered from then on, also while a file is away.
 
     Raises `UsageError` for a source or file that is not there or an `out` that holds something else, `DataError` when
     nothing can be used, `DiskError` when `out` cannot be written.
@@ -98,23 +102,27 @@ def prepare(
     if earlier is None and wanted != Edits():
         raise UsageError(f"{out} holds no prepared set, so no decision can be changed there. Prepare it first.")
     edits = (_edits(earlier) if earlier else Edits()).then(wanted.restore, wanted.drop, wanted.labels)
+    names = [str(source) for source in sources]
+    if names:
+        found = collect.collect([_local(name, progress) for name in names], caption_encoding=config.caption_encoding)
+        _check_names(wanted, [picture.name for picture in found.pictures])
+        if earlier and _unchanged(earlier, found, config, edits):
+            return earlier
+    elif earlier is None:
+        raise UsageError("No pictures were named. Give a folder, an archive or builtin:digits.")
+    else:
+        _check_names(wanted, earlier.survey.names)
+        if changed := _changed_shaping(earlier, config):
+            raise UsageError(f"To change {' and '.join(changed)}, the pictures are needed: name their sources again.")
     try:
-        if not sources:
-            if earlier is None:
-                raise UsageError("No pictures were named. Give a folder, an archive or builtin:digits.")
-            _rewrite(earlier, out, PrepareConfig.model_validate(earlier.about["settings"]), edits)
-        else:
-            local = [_local(str(source), progress) for source in sources]
-            found = collect.collect(local, caption_encoding=config.caption_encoding)
-            if earlier and _unchanged(earlier, found, config, edits):
-                return earlier
+        if names:
             packed.write_aside(
                 out,
-                lambda aside: _fill(
-                    aside, found, [str(source) for source in sources], config, edits, earlier, progress
-                ),
+                lambda aside: _fill(aside, found, names, config, edits, earlier, progress),
                 replace=earlier is not None,
             )
+        elif earlier is not None and (earlier.about["settings"], _edits(earlier)) != (_plain(config), edits):
+            _rewrite(earlier, out, config, edits)
     except OSError as error:
         raise DiskError(f"{out} cannot be written ({error.strerror or error}).") from None
     return open_prepared(out)
@@ -180,6 +188,8 @@ def _fill(
     facts = {"sources": list(sources), "shaping": shaping, "name": _name(sources)}
     seen = decisions.Seen(survey, images_NCHW.shape, facts, notices, found.left_out)
     decisions.write(folder, seen, config, edits, _sides(earlier))
+    if earlier:
+        _keep_proposals(earlier.folder, folder)
 
 
 def _look(
@@ -281,6 +291,25 @@ def _edits(earlier: Prepared) -> Edits:
     return Edits(tuple(said["restore"]), tuple(said["drop"]), said["labels"])
 
 
+def _plain(config: PrepareConfig) -> dict[str, Any]:
+    """The settings as `prepare.json` holds them."""
+    return config.model_dump(mode="json")
+
+
+def _changed_shaping(earlier: Prepared, config: PrepareConfig) -> list[str]:
+    """Names of the settings that concern the pixels or texts read, and differ from the earlier ones."""
+    before, now = earlier.about["settings"], _plain(config)
+    return [name for name in _SHAPING if before[name] != now[name]]
+
+
+def _check_names(edits: Edits, names: Sequence[str]) -> None:
+    """Raises `UsageError` for the first file of an edit that is not in the set."""
+    known = set(names)
+    for name in (*edits.restore, *edits.drop, *edits.labels):
+        if name not in known:
+            raise UsageError(f"The set has no file {printable(name)!r}. {did_you_mean(name, names)}".rstrip())
+
+
 def _sides(earlier: Prepared | None) -> dict[str, str]:
     return {row["file_name"]: row["split"] for row in earlier.rows} if earlier else {}
 
@@ -289,8 +318,7 @@ def _known(earlier: Prepared | None, found: Found, config: PrepareConfig) -> dic
     """Files whose earlier look still counts, by name: same bytes and time, same settings, same number of channels."""
     if earlier is None:
         return {}
-    before = PrepareConfig.model_validate(earlier.about["settings"])
-    if any(getattr(before, name) != getattr(config, name) for name in _SHAPING):
+    if _changed_shaping(earlier, config):
         return {}
     survey = earlier.survey
     place = {name: index for index, name in enumerate(survey.names)}
@@ -308,7 +336,7 @@ def _unchanged(earlier: Prepared, found: Found, config: PrepareConfig, edits: Ed
     survey = earlier.survey
     seen = [(p.name, p.label, p.text, found.files.entries[p.name], p.split or "") for p in found.pictures]
     before = list(zip(survey.names, survey.labels, survey.texts, survey.entries, survey.splits, strict=True))
-    same = earlier.about["settings"] == config.model_dump(mode="json") and _edits(earlier) == edits
+    same = earlier.about["settings"] == _plain(config) and _edits(earlier) == edits
     return same and seen == before and earlier.about["unread"] == [list(pair) for pair in found.left_out]
 
 
@@ -324,9 +352,16 @@ def _rewrite(earlier: Prepared, out: Path, config: PrepareConfig, edits: Edits) 
         (folder / _SURVEY).mkdir()
         for file in (out / _SURVEY).iterdir():
             _take_over(file, folder / _SURVEY / file.name)
+        _keep_proposals(out, folder)
         decisions.write(folder, seen, config, edits, _sides(earlier))
 
     packed.write_aside(out, write, replace=True)
+
+
+def _keep_proposals(out: Path, folder: Path) -> None:
+    """The table of proposed labels outlives a change of the set."""
+    if (out / PROPOSALS).is_file():
+        _take_over(out / PROPOSALS, folder / PROPOSALS)
 
 
 def _take_over(file: Path, target: Path) -> None:

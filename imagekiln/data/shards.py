@@ -257,7 +257,7 @@ class ShardSource:
         self._channels: Any = channels or shards.channels
         self._fit, self._background = fit, background
         self.image_shape = (self._channels, *self._size)
-        self._labels = torch.from_numpy(shards.table["label"][self._rows]) if self.class_names else None
+        self.labels_N = torch.from_numpy(shards.table["label"][self._rows]) if self.class_names else None
         self._kept = _Kept(len(self._rows), self.image_shape, cache_bytes)
         self.files: Sequence[str] = _Column(shards, self._rows, "file_name")
         self.captions: Sequence[str] | None = _Column(shards, self._rows, "text") if shards.has_texts else None
@@ -277,7 +277,7 @@ class ShardSource:
             if not self._kept.get(index, images_BCHW[place]):
                 images_BCHW[place] = self._decoded(int(self._rows[index]))
                 self._kept.put(index, images_BCHW[place])
-        labels = None if self._labels is None else self._labels[torch.from_numpy(chosen)]
+        labels = None if self.labels_N is None else self.labels_N[torch.from_numpy(chosen)]
         return Batch(torch.from_numpy(images_BCHW), labels)
 
     def _decoded(self, row: int) -> np.ndarray:

@@ -50,7 +50,7 @@ class MemmapSource:
         told = table.captions
         self.captions: Sequence[str] | None = [told[row] or "" for row in rows] if told is not None else None
         self._images_NCHW, self._places = table.images_NCHW, rows if table.places is None else table.places[rows]
-        self._labels = torch.from_numpy(table.labels[rows]) if table.class_names else None
+        self.labels_N = torch.from_numpy(table.labels[rows]) if table.class_names else None
         self.fingerprint = _fingerprint(table, rows)
 
     def __len__(self) -> int:
@@ -60,14 +60,18 @@ class MemmapSource:
         """The pictures at these indices: images_BCHW uint8, labels_B int64 or None where nothing is labelled."""
         chosen = np.asarray(indices, np.int64)
         images_BCHW = torch.from_numpy(self._images_NCHW[self._places[chosen]])
-        return Batch(images_BCHW, None if self._labels is None else self._labels[torch.from_numpy(chosen)])
+        return Batch(images_BCHW, None if self.labels_N is None else self.labels_N[torch.from_numpy(chosen)])
 
 
 class Pictures(Source, Protocol):
-    """A `Source` that knows its files and captions, one a picture; captions is None where the set has none."""
+    """A `Source` that knows its files, captions and labels, one a picture, without reading pixels.
+
+    captions: None where the set has none. labels_N: int64, `UNLABELLED` (-1) where unknown; None without classes.
+    """
 
     files: Sequence[str]
     captions: Sequence[str] | None
+    labels_N: torch.Tensor | None
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,6 @@ from imagekiln.metrics import (
 from imagekiln.metrics.features import SMALLEST_SIDE
 
 BATCH = 100
-_CHUNK = 1000
 LARGEST_BANK = 20_000
 """Training pictures searched for copies; a set with more is sampled."""
 
@@ -125,15 +124,11 @@ class Bench:
         Shares are met as nearly as whole numbers can (largest remainders): labels drawn at random would add the chance
         of their own shares to every distance.
         """
-        source = self.dataset.train
-        if not source.num_classes:
+        known = self.dataset.train.labels_N
+        if known is None:
             return [-1] * count
-        chunks = (range(start, min(start + _CHUNK, len(source))) for start in range(0, len(source), _CHUNK))
-        known = [labels for chunk in chunks if (labels := source.read(chunk).labels) is not None]
-        if not known:
-            return [-1] * count
-        names, found = torch.cat(known).unique(return_counts=True)
-        exact = found.double() * count / len(source)
+        names, found = known.unique(return_counts=True)
+        exact = found.double() * count / len(known)
         counts = exact.floor().long()
         rest = (counts - exact).argsort(stable=True)[: count - int(counts.sum())]
         counts[rest] += 1

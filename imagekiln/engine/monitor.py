@@ -22,7 +22,7 @@ from torch import Tensor
 
 from imagekiln import data as datasets
 from imagekiln.config import Recipe, read_toml
-from imagekiln.core import Source, mix
+from imagekiln.core import mix
 from imagekiln.engine import pictures
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine.generate import Model, open_model
@@ -461,10 +461,5 @@ def _given(own: datasets.Dataset) -> Tensor:
     parts = []
     for source in _sources(own):
         order = torch.randperm(len(source), generator=torch.Generator().manual_seed(mix(0, "labels")))[:LARGEST_COUNT]
-        parts += [_label_part(source, rows.tolist()) for rows in order.split(1000)]
+        parts.append(torch.full((len(order),), -1) if source.labels_N is None else source.labels_N[order])
     return torch.cat(parts)
-
-
-def _label_part(source: Source, rows: list[int]) -> Tensor:
-    labels = source.read(rows).labels
-    return torch.full((len(rows),), -1) if labels is None else labels

@@ -251,15 +251,8 @@ def _probabilities(logits_NK: Tensor, temperature: float) -> Tensor:
 # -- pictures and classifiers -----------------------------------------------------------------------------------------
 
 
-def _labels(source: Source) -> np.ndarray:
-    found = np.full(len(source), UNLABELLED, np.int64)
-    for start in range(0, len(source), BATCH):
-        rows = range(start, min(len(source), start + BATCH))
-        labels = source.read(rows).labels
-        if labels is None:
-            return found
-        found[rows.start : rows.stop] = labels.numpy()
-    return found
+def _labels(source: Pictures) -> np.ndarray:
+    return np.full(len(source), UNLABELLED, np.int64) if source.labels_N is None else source.labels_N.numpy()
 
 
 def _check(dataset: datasets.Dataset, labels: list[np.ndarray]) -> None:

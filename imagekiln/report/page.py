@@ -19,7 +19,6 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from statistics import median
 from typing import Any
 
-import jinja2
 import tomlkit
 from safetensors import SafetensorError, safe_open
 
@@ -31,6 +30,7 @@ from imagekiln.report.curves import charts
 from imagekiln.report.measured import tables
 from imagekiln.report.pictures import Picture, embed
 from imagekiln.report.plots import bars, plots
+from imagekiln.report.templates import template
 
 MOST_PREVIEWS = 60
 """Thumbnails of the timeline: of a longer one every k-th is shown, the first and the last always."""
@@ -73,14 +73,7 @@ def write(run: Run) -> Path:
 
 def render(run: Run) -> str:
     """The report as one string of HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("imagekiln", "report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html").render(_gather(run))
+    return template("page.html").render(_gather(run))
 
 
 def _gather(run: Run) -> dict[str, Any]:

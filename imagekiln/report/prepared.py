@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 
 from imagekiln.core import mix
@@ -25,6 +24,7 @@ from imagekiln.report.drawing import Chart
 from imagekiln.report.page import last_component
 from imagekiln.report.pictures import Picture
 from imagekiln.report.specimens import atlas, sheet
+from imagekiln.report.templates import template
 
 if TYPE_CHECKING:
     from imagekiln.data.prepared import Prepared
@@ -77,14 +77,7 @@ def write(prepared: Prepared, path: Path, basis: Principal | None = None, advice
 
 def render(prepared: Prepared, basis: Principal | None = None, advice: list[Advice] | None = None) -> str:
     """The page as one string of HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("imagekiln", "report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("prepared.html").render(_gather(prepared, basis, advice))
+    return template("prepared.html").render(_gather(prepared, basis, advice))
 
 
 def _gather(prepared: Prepared, basis: Principal | None, advice: list[Advice] | None) -> dict[str, Any]:

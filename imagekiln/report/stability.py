@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
 from imagekiln.engine.run import write_whole
 from imagekiln.report.curves import LOG_RANGE, over_images
 from imagekiln.report.drawing import COLOURS, STYLE, Chart, Line, data_uri
 from imagekiln.report.measured import BEST, MEANINGS
 from imagekiln.report.page import moment
 from imagekiln.report.pictures import Picture
+from imagekiln.report.templates import template
 
 if TYPE_CHECKING:
     from imagekiln.engine.stability import Sheet, Stability
@@ -83,16 +82,9 @@ def write(found: Stability, path: Path) -> Path:
 
 def render(found: Stability) -> str:
     """The page as one string of HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("imagekiln", "report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     answer, mood = ANSWERS[found.verdict.state]
     timelines = {row.name: [_picture(s) for s in found.over_time if s.run == row.name] for row in found.rows}
-    return environment.get_template("stability.html").render(
+    return template("stability.html").render(
         answer=answer,
         mood=mood,
         verdict=found.verdict,

@@ -36,6 +36,9 @@ def test_a_set_is_prepared_told_edited_and_trained_on(cli, tiny, photos: Path, t
     rows = [json.loads(line) for line in (out / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
     names = {row["file_name"]: row for row in rows}
     assert names["copy.png"]["split"] == names["03.png"]["split"] and names["00.png"]["text"] == "picture 0"
+    looser = cli("prepare", "--out", out, "--set", "clean.leave_out=[]", "--json").ok().json()
+    assert looser["checks"]["duplicate"]["left_out"] == 0 and looser["counts"]["kept"] == 30
+    assert "name their sources again" in cli("prepare", "--out", out, "--size", 16).err
     again = cli("prepare", photos, "--size", 8, "--out", out, "--json").ok().json()
     assert again["counts"] == facts["counts"]
     shown = cli("prepare", "--out", out, "--shards", tmp_path / "shards", "--show", tmp_path / "look").ok().out

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
+from scenes import scene
 
 from imagekiln.config import parse
 from imagekiln.data import checks, measures, source
@@ -20,17 +21,6 @@ from imagekiln.data.survey import MEASURES, THUMB, Survey
 from imagekiln.errors import RecipeError
 
 CONFIG = CleanConfig()
-
-
-def scene(seed: int, size: tuple[int, int] = (96, 72)) -> Image.Image:
-    """Colour noise with the power spectrum of photographs, 1/f^2."""
-    rng = np.random.default_rng(seed)
-    width, height = size
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
-    frequency[0, 0] = 1
-    pixels = np.fft.ifft2(np.fft.fft2(rng.standard_normal((3, height, width))) / frequency).real
-    pixels = 128 + 45 * pixels / pixels.std()
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
 def surveyed(

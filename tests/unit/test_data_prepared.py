@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from imagekiln import signals
 from imagekiln.config import DataConfig
-from imagekiln.data import Edits, PrepareConfig, is_prepared, load, open_prepared, pixels, prepare
-from imagekiln.errors import DataError, DiskError, UsageError
+from imagekiln.data import PROPOSALS, Edits, PrepareConfig, is_prepared, load, open_prepared, pixels, prepare
+from imagekiln.errors import DataError, DiskError, Interrupted, UsageError
 
 
 def scene(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
@@ -140,6 +143,36 @@ def test_decisions_are_taken_back_without_the_pictures(photos: Path, tmp_path: P
     assert is_prepared(out)
 
 
+def test_an_edited_file_may_go_and_come_back(photos: Path, tmp_path: Path) -> None:
+    out, away = tmp_path / "set", tmp_path / "05.png"
+    prepare([str(photos)], out, CONFIG)
+    prepare([], out, CONFIG, edits=Edits(drop=("cat/05.png",)))
+    shutil.move(photos / "cat" / "05.png", away)
+    assert "cat/05.png" not in left_out(prepare([str(photos)], out, CONFIG).folder)
+    shutil.move(away, photos / "cat" / "05.png")
+    assert left_out(prepare([str(photos)], out, CONFIG).folder)["cat/05.png"] == "dropped by hand"
+
+
+def test_settings_change_without_the_pictures_unless_they_are_needed(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    prepare([str(photos)], out, CONFIG)
+    shutil.rmtree(photos)
+    lenient = PrepareConfig.model_validate({"size": 16, "clean": {"leave_out": ["duplicate"]}})
+    assert {row["file_name"] for row in prepare([], out, lenient).rows} >= {"dog/blank.png"}
+    with pytest.raises(UsageError, match="To change size, the pictures are needed"):
+        prepare([], out, PrepareConfig(size=24))
+
+
+def test_a_label_that_is_given_is_worth_more_than_a_proposed_one(photos: Path, tmp_path: Path) -> None:
+    out, table = tmp_path / "set", photos / "metadata.csv"
+    table.write_text("file_name,label\ncat/01.png,cat\ndog/00.png,dog\ncat/03.png,\n")
+    prepare([str(photos)], out, CONFIG)
+    prepare([], out, CONFIG, edits=Edits(labels={"cat/03.png": "dog"}))
+    table.write_text("file_name,label\ncat/01.png,cat\ndog/00.png,dog\ncat/03.png,cat\n")
+    rows = {row["file_name"]: row for row in prepare([str(photos)], out, CONFIG).rows}
+    assert rows["cat/03.png"]["label"] == 0 and "label_from" not in rows["cat/03.png"]
+
+
 def test_accepted_labels_are_marked(photos: Path, tmp_path: Path) -> None:
     (photos / "metadata.csv").write_text(
         "file_name,label\n" + "".join(f"cat/{i:02d}.png,cat\n" for i in (1, 3, 5)) + "dog/00.png,dog\ncat/07.png,\n"
@@ -149,6 +182,35 @@ def test_accepted_labels_are_marked(photos: Path, tmp_path: Path) -> None:
     rows = prepare([], out, CONFIG, edits=Edits(labels={"cat/07.png": "cat"})).rows
     proposed = [row for row in rows if row.get("label_from") == "proposed"]
     assert [row["file_name"] for row in proposed] == ["cat/07.png"] and proposed[0]["label"] == 0
+
+
+def test_the_table_of_proposals_outlives_a_change(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    prepare([str(photos)], out, CONFIG)
+    (out / PROPOSALS).write_text("file,name\n")
+    prepare([], out, CONFIG, edits=Edits(drop=("dog/00.png",)))
+    scene(77).save(photos / "dog" / "77.png")
+    prepare([str(photos)], out, CONFIG)
+    assert (out / PROPOSALS).read_text() == "file,name\n"
+
+
+def test_a_signal_while_a_set_is_replaced_waits_until_one_stands(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "set"
+    prepare([str(photos)], out, CONFIG)
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self == out:
+            os.kill(os.getpid(), signal.SIGINT)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with signals.handled(), pytest.raises(Interrupted):
+        prepare([], out, CONFIG, edits=Edits(drop=("dog/00.png",)))
+    assert "dog/00.png" not in [row["file_name"] for row in open_prepared(out).rows]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_captions_are_made_from_labels_where_there_are_none(photos: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import json
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import save_file
+from webpage import ATTACK, Page
 
 from imagekiln import report
 from imagekiln.engine import pictures, registry
@@ -26,26 +26,7 @@ from imagekiln.errors import UsageError
 from imagekiln.metrics import BUNDLES, Measurement, Provenance, Regression
 from imagekiln.report import curves, measured, page, plots
 
-ATTACK = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
 FAMILY = registry.names()[0]
-
-
-class Page(HTMLParser):
-    """A page as a browser sees it: tags with attributes, section ids, and all text."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(html)
-        self.sections = [found["id"] for tag, found in self.tags if tag == "section"]
-        self.images = [found for tag, found in self.tags if tag == "img"]
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def bare_run(folder: Path, recipe: str = "", **meta: object) -> Run:

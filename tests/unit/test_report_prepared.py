@@ -7,14 +7,14 @@ import io
 import re
 import shlex
 import subprocess
-from dataclasses import dataclass, field, fields, replace
-from html.parser import HTMLParser
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from webpage import ATTACK, Page
 
 from imagekiln.data import builtin, measures
 from imagekiln.data.advice import Advice, facts_of
@@ -23,44 +23,12 @@ from imagekiln.data.source import digest
 from imagekiln.data.survey import MEASURES, THUMB, Survey
 from imagekiln.report import decided, prepared, specimens, spread
 
-ATTACK = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
 HOSTILE = (f"{ATTACK}.png", "[bold]red[/bold].png", "صورة قطة.png", "evil\u202egnp.png", "{{ 7 * 7 }}.png", "a\nb.png")
-
-
-@dataclass
-class Made:
-    """The fields of `data.prepared.Prepared`."""
-
-    folder: Path
-    about: dict[str, Any]
-    rows: list[dict[str, Any]]
-    images_NCHW: np.ndarray
-    findings: list[dict[str, Any]]
-    left_out: list[tuple[str, str]]
-    survey: Survey = field(repr=False)
-
-
-class Page(HTMLParser):
-    """A page as a browser sees it: tags with attributes, section ids, and all text."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(html)
-        self.sections = [found["id"] for tag, found in self.tags if tag == "section"]
-        self.images = [found for tag, found in self.tags if tag == "img"]
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def made(
     folder: Path, n: int = 60, names: tuple[str, ...] = HOSTILE, classes: tuple[str, ...] = ("cat", "dog", ATTACK)
-) -> Made:
+) -> Prepared:
     """A set of n digits: file 1 a copy of 0 and left out, 2 too dark but kept, the last one cannot be read."""
     images_NCHW = builtin.load("digits", Path("unused")).images_NHWC[: n - 1].transpose(0, 3, 1, 2)
     files = [*names, *(f"{index:03}.png" for index in range(n - len(names)))]
@@ -113,7 +81,7 @@ def made(
         },
     }
     left_out = [(files[1], "same picture as it"), (files[-1], "truncated")]
-    return Made(folder, about, rows, images_NCHW, findings, left_out, survey)
+    return Prepared(folder, about, rows, images_NCHW, findings, left_out, survey)
 
 
 def finding(
@@ -128,7 +96,7 @@ def check(title: str, meaning: str, threshold: float | None) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Made, str, Page]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Prepared, str, Page]:
     folder = tmp_path_factory.mktemp("sets") / "pets prepared"
     mine = made(folder)
     html = prepared.write(mine, folder / "report.html").read_text(encoding="utf-8")
@@ -136,7 +104,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Made, str, Page]:
 
 
 def test_the_example_has_the_fields_of_a_prepared_set():
-    assert [own.name for own in fields(Made)] == [own.name for own in fields(Prepared)]
+    assert [own.name for own in fields(Prepared)] == [own.name for own in fields(Prepared)]
 
 
 def test_the_facts_for_advice_are_those_of_the_pictures_that_are_kept(whole):

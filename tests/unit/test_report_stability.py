@@ -6,36 +6,16 @@ import base64
 import dataclasses
 import io
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from webpage import ATTACK, Page
 
 from imagekiln.engine.stability import Sampled, Stability, _sheet
 from imagekiln.engine.verdict import STATES, Ending, Estimate, Pair, RunRow, Verdict, broken, judge, spread
 from imagekiln.report import stability as page
-
-ATTACK = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
-
-
-class Page(HTMLParser):
-    """Tags with attributes, section ids, and all text."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(html)
-        self.sections = [found["id"] for tag, found in self.tags if tag == "section"]
-        self.images = [found for tag, found in self.tags if tag == "img"]
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def result(names: tuple[str, ...] = ("calm", "steady", "wild")) -> Stability:
