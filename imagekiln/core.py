@@ -36,6 +36,11 @@ class Batch(NamedTuple):
     text: Tensor | None = None
     augment: Tensor | None = None
 
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on a device."""
+        labels, text, augment = (part if part is None else part.to(device) for part in self[1:])
+        return Batch(self.images.to(device), labels, text, augment)
+
 
 class Condition(NamedTuple):
     """What a picture should show: labels_B int64 (-1 = anything) and/or text rows. Both None = unconditional."""
@@ -96,6 +101,21 @@ class Phase:
         return "-".join(sorted(self.trains))
 
 
+class Codec(Protocol):
+    """Between pictures and the latents that a family learns from (`imagekiln.engine.codec`)."""
+
+    image_shape: tuple[int, int, int]
+    """Channels, height and width of the pictures."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """latents_BCHW as a family learns them, of images_BCHW float32 in [-1, 1]."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """images_BCHW float32, about [-1, 1], of latents_BCHW as a family draws them."""
+        ...
+
+
 class Family(nn.Module, ABC):
     """A kind of generative model: it owns its networks, says how to learn and how to draw.
 
@@ -118,6 +138,9 @@ class Family(nn.Module, ABC):
     check_settings: ClassVar[Mapping[str, Any]] = {}
     """Settings of the `family` section for the checks of `imagekiln.testing`: small, so that they take seconds."""
 
+    companions: ClassVar[Sequence[str]] = ()
+    """Fields of the `family` section that name the run of another model, which training needs beside this one."""
+
     draws: ClassVar[bool] = True
     """False for a family that is trained to judge pictures, not to make them: it has `features` and no `sample`."""
 
@@ -130,6 +153,15 @@ class Family(nn.Module, ABC):
         self.config = config
         self.image_shape = tuple(image_shape)
         self.num_classes = num_classes
+        self.companion: dict[str, Family] = {}
+        """The models of `companions`, frozen, by field; filled before training, and not part of this one's state."""
+        self.codec: Codec | None = None
+        """What stands between pictures and what this family learns and draws; None where these are pictures."""
+
+    @property
+    def picture_shape(self) -> tuple[int, ...]:
+        """Channels, height and width of the pictures that come of it: behind a codec not those it draws."""
+        return self.image_shape if self.codec is None else self.codec.image_shape
 
     @abstractmethod
     def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
@@ -138,7 +170,7 @@ class Family(nn.Module, ABC):
 
     @abstractmethod
     def sample(self, noise: Tensor, condition: Condition, options: Any = None) -> Tensor:
-        """Pictures from noise: images_BCHW float32 in [-1, 1].
+        """Pictures from noise: images_BCHW float32; what is outside [-1, 1] is cut off.
 
         noise: (B, *self.noise_shape()) standard normal, made from one seed a picture, so that picture i is the same
             whatever the batch size. Nothing random may be drawn inside.
@@ -153,6 +185,15 @@ class Family(nn.Module, ABC):
         """Losses on held-out pictures by name, `monitor` among them. The global generator is seeded as for `loss`, with
         the same seed every time. What is not overridden is the loss of every phase."""
         return {phase.name: HeldOut(self.loss(phase.name, batch, progress).total) for phase in self.phases}
+
+    def study(self, captions: Sequence[str]) -> None:
+        """Called once, before the first step of a new run, with the training set's captions: what is taken from them,
+        such as a vocabulary, belongs into buffers, where checkpoints keep it."""
+
+    def read(self, captions: Sequence[str]) -> Tensor | None:
+        """Captions as this family takes them in `Batch.text` and `Condition.text`: one row a caption, "" for none; None
+        where it reads no text."""
+        return None
 
     def drawing_cost(self) -> float:
         """What it costs to draw a picture, in pictures trained on: one evaluation of the network is about a third."""

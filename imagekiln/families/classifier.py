@@ -65,6 +65,10 @@ class Classifier(Family):
     def predict(self, images: Tensor) -> Tensor:
         return self.network(images).float()
 
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Intermediate maps, finest first, for distances between pictures; differentiable by the pictures."""
+        return self.network.maps(images)
+
     def sample(self, noise: Tensor, condition: Condition, options: None = None) -> Tensor:
         raise NotImplementedError("A classifier draws nothing.")
 

@@ -89,6 +89,14 @@ class Classifier(nn.Module):
         x_BCHW = self.stages(functional.relu(self.stem_norm(self.stem(x_BCHW))))
         return x_BCHW.float().mean((2, 3))
 
+    def maps(self, images_BCHW: Tensor) -> list[Tensor]:
+        """What the stem and every stage make of pictures, finest first; the last one's mean is `features`."""
+        x_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+        found = [functional.relu(self.stem_norm(self.stem(x_BCHW)))]
+        for stage in self.stages:
+            found.append(stage(found[-1]))
+        return found
+
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """logits_BK of images_BCHW float32 in [-1, 1]."""
         return self.head(self.features(images_BCHW))
