@@ -34,7 +34,9 @@ from imagekiln.engine import plan
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine.bench import BATCH, Bench
 from imagekiln.engine.evaluate import hash_of
-from imagekiln.engine.generate import draw, open_model
+from imagekiln.engine.generate import draw
+from imagekiln.engine.inputs import begin
+from imagekiln.engine.models import open_model
 from imagekiln.engine.run import Run, write_whole
 from imagekiln.engine.tracker import Silent
 from imagekiln.errors import ImagekilnError, UsageError
@@ -159,7 +161,7 @@ def peer_loop(recipe: Recipe, dataset: datasets.Dataset, seed: int, total_steps:
     Raises:
         UsageError: the recipe is no diffusion model, or the networks differ by more than 5 % in parameters.
     """
-    family = plan.build_family(recipe, dataset)
+    family = begin(recipe, dataset).family
     if recipe.family.name != "diffusion":
         raise UsageError(f"--recipe {recipe.family.name}: only the diffusion family has a peer here; leave --peer out.")
     network = family.get_submodule("unet")

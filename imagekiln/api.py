@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -30,6 +30,9 @@ from imagekiln.engine import generate as generation
 from imagekiln.engine import propagate as propagating
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine import show as showing
+from imagekiln.engine.codec import Codec, Coder
+from imagekiln.engine.inputs import begin
+from imagekiln.engine.models import open_model
 from imagekiln.engine.run import Run, disk_faults
 from imagekiln.engine.tracker import Several, Silent, TensorBoard
 from imagekiln.engine.trainer import Trainer
@@ -163,7 +166,9 @@ def train(
     run = Run(Path(out))
     with run.lock():
         dataset = _load_data(wanted, listener, progress)
-        if run.exists():
+        again = run.exists()
+        wanted = _with_codec(wanted, run, listener)
+        if again:
             wanted = _continued(run, wanted, dataset, minutes)
         else:
             if minutes is not None:
@@ -171,13 +176,12 @@ def train(
                 listener.say(
                     f"{rate.img_per_sec:.0f} images/s: {wanted.train.total_kimg:g} kimg in {minutes:g} minutes."
                 )
+        begun = begin(wanted, dataset, run if again else None)
+        if not again:
             run = Run.create(run.path, write_toml(wanted), _meta(wanted, dataset))
-        if not run.picture_path("real").is_file():
-            _draw_real(run, wanted, dataset)
+        _keep(run, dataset, begun.family.codec)
         listeners = [listener] + ([TensorBoard(run)] if wanted.train.tensorboard else [])
-        trainer = Trainer(
-            wanted, plan.build_family(wanted, dataset), dataset.train, dataset.validation, run, Several(listeners)
-        )
+        trainer = Trainer(wanted, *begun, run, Several(listeners))
         for sentence in recipes.remarks(wanted):
             listener.say(sentence)
         for key, one in wanted.optim.items():
@@ -207,10 +211,16 @@ def dry_run(
     wanted = _resolve(recipe, data, settings, assignments)
     where = device.choose(wanted.train.device)
     dataset = datasets.load(wanted.data, progress=progress)
-    family = plan.build_family(wanted, dataset)
+    notices = [*dataset.notices, *recipes.remarks(wanted)]
+    if (codec := wanted.data.codec) in recipes.names():
+        coder = cast("Coder", begin(recipes.resolve(codec), dataset).family)
+        _, *shape = coder.encode(torch.zeros(1, *dataset.train.image_shape)).shape
+        family = recipes.build(wanted, (shape[0], shape[1], shape[2]), dataset.train.num_classes)
+        notices.append(f"Before this model its autoencoder is trained, with the recipe {codec}.")
+    else:
+        family = begin(wanted, dataset).family
     precision = "bf16" if device.autocast_dtype(wanted.train.precision, where) else "fp32"
     counts = recipes.parameter_counts(family)
-    notices = [*dataset.notices, *recipes.remarks(wanted)]
     return Planned(wanted, dataset.summary(), counts, device.describe(where), precision, notices)
 
 
@@ -236,6 +246,7 @@ def generate(
     out: str | Path = "pictures",
     *,
     label: str | None = None,
+    prompt: str | Sequence[str] = (),
     seed: int = 0,
     batch: int = 64,
     nimg: int | None = None,
@@ -251,7 +262,7 @@ def generate(
 ) -> Drawn:
     """Draw `n` pictures into `out`: `000000.png` ... at the model's own size, and `grid.png`.
 
-    Picture i depends on (weights, seed, i, label) alone, not on `n` or `batch`. Without a label the classes take turns.
+    Picture i depends on (weights, seed, i, label or prompt) alone. Without a label the classes take turns.
     grid: `plain`, or `class` for a row a class with its name.
     interpolate: frames from each picture to the next in `walk.png`, an animated PNG that goes through all of them and
         back to the first, `fps` frames a second; `strip.png` has the frames in one row.
@@ -266,13 +277,12 @@ def generate(
     if n < 1 or n + mix > generation.MAX_IMAGES:
         raise UsageError(f"-n {n}: expected a number of pictures from 1 to {generation.MAX_IMAGES}.")
     run = run if isinstance(run, Run) else Run.open(run)
-    model = generation.open_model(run, nimg, average, device_name)
+    model = open_model(run, nimg, average, device_name)
     if not model.family.draws:
         raise UsageError(f"{run.path} holds a {model.family.config.name}, which judges pictures and draws none.")
     chosen = generation.options_for(model.family, options)
-    classes = max(1, model.family.num_classes)
-    labels = [model.label(label)] * (n + mix) if label is not None else [index % classes for index in range(n + mix)]
-    wanted.require(model, labels)
+    wished = model.wishes(n + mix, label, [prompt] if isinstance(prompt, str) else prompt)
+    wanted.require(model, wished)
     seeds = generation.seeds_for(seed, n + mix)
     folder = Path(out)
     with disk_faults(folder):
@@ -280,7 +290,7 @@ def generate(
     paths: list[Path] = []
     first: list[torch.Tensor] = []
     with model.precision():
-        for images in generation.stream(model.family, seeds, labels, chosen, batch):
+        for images in generation.stream(model.family, seeds, wished, chosen, batch):
             for image in images:
                 paths.append(folder / f"{len(paths):06d}.png")
                 pictures.write(pictures.to_picture(image), paths[-1])
@@ -288,7 +298,7 @@ def generate(
                 first.append(images)
             if progress is not None:
                 progress(len(paths), n + mix)
-        sheet = wanted.write(folder, model, torch.cat(first), seeds, labels, chosen, batch)
+        sheet = wanted.write(folder, model, torch.cat(first), seeds, wished, chosen, batch)
     return Drawn(paths, sheet.pop("grid"), model.weights, **sheet)
 
 
@@ -327,7 +337,7 @@ def compare(runs: Iterable[Run | str | Path]) -> list[dict[str, Any]]:
 def export(run: Run | str | Path, to: str, out: str | Path) -> dict[str, Any]:
     """Write a run in another format, load it back, and return the receipt with the numeric difference.
 
-    to: the name of a module in `imagekiln.exporters`: `diffusers` or `safetensors`.
+    to: the name of a module in `imagekiln.exporters`: `comfyui`, `diffusers` or `safetensors`.
 
     Raises:
         UsageError: no such format, or the model does not fit it.
@@ -346,6 +356,29 @@ def _resolve(recipe: str, data: str | Path, settings: Mapping[str, Any] | None, 
     )
     device.choose(wanted.train.device)  # a missing GPU is said before pictures are read
     return wanted
+
+
+def _with_codec(recipe: Recipe, run: Run, listener: Any) -> Recipe:
+    """The recipe with its codec as a path; one that names a recipe is trained first, in a run beside this one."""
+    codec = recipe.data.codec
+    if not codec:
+        return recipe
+    if codec in recipes.names() and not Path(codec).exists():
+        beside = run.path.with_name(f"{run.path.name}-codec")
+        if not run.codec_path.is_file():
+            listener.say(f"First the autoencoder, in {beside}.")
+            data = recipe.data.model_dump(exclude={"path", "codec", "augment"})
+            train(
+                codec, recipe.data.path, beside, settings={"data": data, "train": _of_codec(recipe)}, listener=listener
+            )
+            listener.say(f"Now the model itself, in {run.path}.")
+        codec = str(beside)
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"codec": _absolute(codec)})})
+
+
+def _of_codec(recipe: Recipe) -> dict[str, Any]:
+    """Settings of `train` that a codec trained on the way takes over."""
+    return {key: getattr(recipe.train, key) for key in ("seed", "device", "precision")}
 
 
 def _absolute(data: str) -> str:
@@ -382,6 +415,8 @@ def _continued(run: Run, wanted: Recipe, dataset: datasets.Dataset, minutes: flo
     old, new = stored.model_dump(mode="json"), wanted.model_dump(mode="json")
     for section in (old, new):
         section["data"].pop("path")
+        if run.codec_path.is_file():
+            section["data"].pop("codec")  # the run has its own
         section.pop("eval")
         for key in FREE_TO_CHANGE:
             section["train"].pop(key)
@@ -428,22 +463,15 @@ def _commit() -> str | None:
     return answer.stdout.strip()
 
 
-def _draw_real(run: Run, recipe: Recipe, dataset: datasets.Dataset) -> None:
-    """A sheet of training pictures in the layout of the previews, to compare them with."""
-    source = dataset.train
-    labels = generation.labels_for(40, source.num_classes)
-    everything = source.read(range(min(len(source), 4000)))
-    if source.num_classes and everything.labels is not None:
-        known = everything.labels.tolist()
-        rows, used = [], set[int]()
-        for label in labels:
-            match = next((i for i, value in enumerate(known) if value == label and i not in used), None)
-            rows.append(match if match is not None else 0)
-            used.add(rows[-1])
-    else:
-        rows = list(range(min(len(labels), len(source))))
-    columns = pictures.columns_for(len(rows), source.num_classes)
-    pictures.write(pictures.grid(everything.images[rows], columns), run.picture_path("real"))
+def _keep(run: Run, dataset: datasets.Dataset, codec: Any) -> None:
+    """What a run holds from its start: its codec, and a sheet of training pictures."""
+    if isinstance(codec, Codec) and not run.codec_path.is_file():
+        codec.keep(run)
+    if not run.picture_path("real").is_file():
+        source = dataset.train
+        images = pictures.of_labels(source, generation.labels_for(40, source.num_classes))
+        columns = pictures.columns_for(len(images), source.num_classes)
+        pictures.write(pictures.grid(images, columns), run.picture_path("real"))
 
 
 __all__ = [

@@ -67,6 +67,12 @@ class DataConfig(Section):
     validation_fraction: Fraction = Field(0.1, description="share held out, by hash of the pixels")
     flip: bool = Field(False, description="mirror half of the training pictures left to right")
     augment: DataAugmentConfig = DataAugmentConfig()
+    codec: str = Field(
+        "", description="run of an autoencoder, or the recipe of one to train first; empty = learn pixels"
+    )
+    tag_dropout: Fraction = Field(0.0, description="share of a caption's comma-separated parts left out in training")
+    tag_shuffle: bool = Field(False, description="put these parts into another order every time")
+    tags_kept: int = Field(1, ge=0, description="the first so many parts stay, and stay first")
 
 
 class FamilyConfig(Section):

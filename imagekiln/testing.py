@@ -21,7 +21,8 @@ from imagekiln.config import Recipe, merge, parse, write_toml
 from imagekiln.core import Batch, Condition, Family, HeldOut, Loss, Progress, mix, seeded_noise
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine import registry
-from imagekiln.engine.generate import draw, load_model
+from imagekiln.engine.generate import draw, pictured, reconstructed
+from imagekiln.engine.models import load_model
 from imagekiln.engine.run import Run
 from imagekiln.engine.tracker import Silent
 from imagekiln.engine.trainer import Trainer
@@ -187,14 +188,14 @@ def check_samples_take_labels_or_none(name: str) -> None:
     for family in _drawing(name):
         for labels in (torch.tensor([0, -1]), None) if family.num_classes else (None,):
             noise = seeded_noise([1, 2], family.noise_shape())
-            _require(family.sample(noise, Condition(labels=labels)).shape == (2, *SHAPE), f"labels {labels}")
+            _require(pictured(family, noise, Condition(labels=labels)).shape == (2, *SHAPE), f"labels {labels}")
 
 
 def check_reconstructions(name: str) -> None:
     """Where a family reconstructs, shape and range are those of its input, and the answer is repeatable."""
     for family in _drawing(name):
         images = _batch(family).images
-        first, second = family.eval().reconstruct(images), family.eval().reconstruct(images)
+        first, second = reconstructed(family.eval(), images), reconstructed(family.eval(), images)
         if first is not None and second is not None:
             _require(first.shape == images.shape, f"reconstruct gave {tuple(first.shape)}")
             _require(
@@ -330,7 +331,7 @@ def _held_out(family: Family, batch: Batch | None = None) -> Mapping[str, HeldOu
 
 def _sample(family: Family, seeds: Sequence[int]) -> Tensor:
     labels = torch.zeros(len(seeds), dtype=torch.int64) if family.num_classes else None
-    return family.sample(seeded_noise(seeds, family.noise_shape()), Condition(labels=labels))
+    return pictured(family, seeded_noise(seeds, family.noise_shape()), Condition(labels=labels))
 
 
 def _trainer(name: str, folder: Path, steps: int, settings: dict | None = None) -> Trainer:

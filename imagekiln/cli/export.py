@@ -12,7 +12,7 @@ from imagekiln.cli.output import DebugOption, JsonOption, RunArgument, answer
 
 def export(
     run: RunArgument,
-    to: Annotated[str, typer.Option("--to", help="diffusers or safetensors.")],
+    to: Annotated[str, typer.Option("--to", help="comfyui, diffusers or safetensors.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     as_json: JsonOption = False,
     debug: DebugOption = False,

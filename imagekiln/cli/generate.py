@@ -38,6 +38,9 @@ def generate(
     n: Annotated[int, typer.Option("-n", "--number", min=1, help="Number of pictures.")] = 16,
     out: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("pictures"),
     label: Annotated[str | None, typer.Option("--label", help="Class by name or number.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="What to show, in words; several take turns.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Other seed, other pictures.")] = 0,
     steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps (diffusion).")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", help="1 = none (diffusion with labels).")] = None,
@@ -68,6 +71,7 @@ def generate(
         n,
         out,
         label=label,
+        prompt=prompt or (),
         seed=seed,
         batch=batch,
         nimg=nimg,

@@ -8,7 +8,7 @@ Shapes: B pictures, C channels, H rows, W columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -20,6 +20,10 @@ from imagekiln.errors import DataError
 
 Augment = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """Changes images_BCHW, the first of which has this position: (changed images_BCHW, what was done as augment_BA)."""
+
+
+Text = Callable[[Sequence[int], int, int], Tensor]
+"""What is told about the pictures of these indices, one row each, by the run's seed and the first one's position."""
 
 
 class Loader:
@@ -45,6 +49,7 @@ class Loader:
             raise DataError("There are no pictures to train on.")
         self.source, self.seed, self.size, self.device, self.flip = source, seed, batch, torch.device(device), flip
         self.augment = augment
+        self.text: Text | None = None
         self._permutations: dict[int, np.ndarray] = {}
 
     def order(self, position: int, count: int) -> np.ndarray:
@@ -59,19 +64,16 @@ class Loader:
 
     def batch(self, position: int) -> Batch:
         """The batch that starts after `position` pictures: images_BCHW float32 in [-1, 1], on the device."""
-        read = self.source.read(self.order(position, self.size).tolist())
+        indices = self.order(position, self.size).tolist()
+        read = self.source.read(indices)
+        text = read.text if self.text is None else self.text(indices, self.seed, position)
         images_BCHW, augment_BA = to_float(read.images.to(self.device)), None
         if self.flip:
             mirrored_B = torch.from_numpy(self._mirrored(position)).to(self.device)
             images_BCHW = torch.where(mirrored_B[:, None, None, None], images_BCHW.flip(-1), images_BCHW)
         if self.augment is not None:
             images_BCHW, augment_BA = self.augment(images_BCHW, position)
-        return Batch(
-            images_BCHW,
-            None if read.labels is None else read.labels.to(self.device),
-            None if read.text is None else read.text.to(self.device),
-            augment_BA,
-        )
+        return Batch(images_BCHW, read.labels, text, augment_BA).to(self.device)
 
     def _permutation(self, epoch: int) -> np.ndarray:
         """Sorting raw 64-bit words, whose stream numpy promises never to change, unlike `Generator.permutation`."""
@@ -89,12 +91,12 @@ class Loader:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 pixels 0..255 as float32 in [-1, 1].
+    """uint8 pixels 0..255 as float32 in [-1, 1]; what is floating point already, such as latents, stays as it is.
 
     >>> to_float(torch.tensor([0, 255], dtype=torch.uint8)).tolist()
     [-1.0, 1.0]
     """
-    return images.to(torch.float32) / 127.5 - 1
+    return images if images.is_floating_point() else images.to(torch.float32) / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> Tensor:

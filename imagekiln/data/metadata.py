@@ -101,6 +101,21 @@ def cleaned(text: str | None) -> str | None:
     return shorten((text or "").replace("\0", "").strip()) or None
 
 
+def with_tags(text: str | None, tags: str | None) -> str | None:
+    """A caption with its tags after it, commas between them; one that the caption or an earlier tag is goes.
+
+    tags: with | or commas between them.
+
+    >>> with_tags("a cat", "cat|pet|A cat|pet")
+    'a cat, cat, pet'
+    """
+    told = {} if text is None or not text.strip() else {text.strip().casefold(): text.strip()}
+    for tag in (tags or "").replace("|", ",").split(","):
+        if tag.strip():
+            told.setdefault(tag.strip().casefold(), tag.strip())
+    return ", ".join(told.values()) or None
+
+
 # --- what lies beside the pictures -----------------------------------------------------------------------------------
 
 
@@ -170,8 +185,9 @@ def _read_table(
         picture = rows.get(name, pictures[name])
         if "label" in row:
             picture = replace(picture, label=as_label(row["label"], place))
-        if "text" in row or "caption" in row:
+        if any(column in row for column in ("text", "caption", "tags")):
             text = as_text(row.get("text", row.get("caption")), place)
+            text = with_tags(text, as_text(row.get("tags"), place))
             num_long += len(text or "") > MAX_CAPTION
             picture = replace(picture, text=cleaned(text))
             captioned.add(name)

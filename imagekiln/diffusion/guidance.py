@@ -27,15 +27,33 @@ def guided(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) ->
     return unconditional + scale * (conditional - unconditional)
 
 
+def rescaled(guided_B: Tensor, conditional_B: Tensor, share: float) -> Tensor:
+    """Take back the contrast that guidance adds: a share of the way to the conditional prediction's own spread.
+
+    Lin et al. 2024 (arXiv:2305.08891), equations 15 and 16, on predictions of x; the spread is a picture's standard
+    deviation. 0 = as it is.
+
+    >>> rescaled(torch.tensor([[0.0, 4.0]]), torch.tensor([[0.0, 2.0]]), 1.0).tolist()
+    [[0.0, 2.0]]
+    """
+    if share == 0:
+        return guided_B
+    axes = tuple(range(1, guided_B.ndim))
+    factor = conditional_B.std(axes, keepdim=True) / guided_B.std(axes, keepdim=True).clamp(min=1e-6)
+    return guided_B * (share * factor + 1 - share)
+
+
 def guide(
     conditional: Denoiser,
     unconditional: Denoiser,
     scale: float,
     interval: tuple[float, float] = (0.0, math.inf),
+    rescale: float = 0.0,
 ) -> Denoiser:
     """A denoiser guided where sigma_lo < sigma <= sigma_hi, and conditional elsewhere.
 
     The unconditional model is not evaluated where its answer would not count: outside the interval and at scale 1.
+    rescale: see `rescaled`.
     """
     if scale == 1:
         return conditional
@@ -43,12 +61,13 @@ def guide(
 
     def denoise(z: Tensor, sigma_B: Tensor) -> Tensor:
         if interval == (0.0, math.inf):
-            return guided(conditional(z, sigma_B), unconditional(z, sigma_B), scale)
+            x = conditional(z, sigma_B)
+            return rescaled(guided(x, unconditional(z, sigma_B), scale), x, rescale)
         inside_B = (low < sigma_B) & (sigma_B <= high)
         x = conditional(z, sigma_B)
         if not inside_B.any():
             return x
         scale_B = torch.where(inside_B, scale, 1.0).to(x.dtype)
-        return guided(x, unconditional(z, sigma_B), expand(scale_B, x))
+        return rescaled(guided(x, unconditional(z, sigma_B), expand(scale_B, x)), x, rescale)
 
     return denoise

@@ -22,6 +22,8 @@ from imagekiln.data import Loader
 from imagekiln.data.ahead import Ahead
 from imagekiln.data.augment import draw, labels
 from imagekiln.data.shards import ShardSource
+from imagekiln.engine.codec import Latents
+from imagekiln.engine.inputs import Told
 from imagekiln.nets import augmentation
 
 READERS = 2
@@ -34,9 +36,14 @@ def loader(data: DataConfig, source: Source, seed: int, batch: int, device: torc
     Raises `DataError` when the source is empty.
     """
     changed = Augment(data.augment, seed) if data.augment.changes else None
-    if isinstance(source, ShardSource):
-        return Ahead(source, seed, batch, device, data.flip, changed, readers=READERS)
-    return Loader(source, seed, batch, device, data.flip, changed)
+    told, inner = (source, source.source) if isinstance(source, Told) else (None, source)
+    flip = data.flip and not isinstance(inner, Latents)  # mirrored pictures have latents of their own
+    if isinstance(inner, ShardSource):
+        made: Loader = Ahead(inner, seed, batch, device, flip, changed, readers=READERS)
+    else:
+        made = Loader(inner, seed, batch, device, flip, changed)
+    made.text = told.text if told else None
+    return made
 
 
 class Augment:

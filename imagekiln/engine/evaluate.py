@@ -17,7 +17,9 @@ from imagekiln.core import Source, mix
 from imagekiln.engine import pictures
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine.bench import BATCH, Bench
-from imagekiln.engine.generate import Model, draw, open_model, options_for
+from imagekiln.engine.generate import draw, invents, options_for, reconstructed
+from imagekiln.engine.inputs import in_words
+from imagekiln.engine.models import Model, open_model
 from imagekiln.engine.run import Run
 from imagekiln.engine.tracker import Say
 from imagekiln.errors import UsageError
@@ -60,24 +62,26 @@ def _evaluate_run(
     model = open_model(run)
     config = recipe.data if data is None else recipe.data.model_copy(update={"path": str(data)})
     dataset = datasets.load(config)
-    if dataset.train.image_shape != model.family.image_shape:
+    if dataset.train.image_shape != model.family.picture_shape:
         raise UsageError(
-            f"The model draws pictures of {model.family.image_shape} and {config.path} holds "
+            f"The model draws pictures of {model.family.picture_shape} and {config.path} holds "
             f"{dataset.train.image_shape} "
             "(channels, height, width). Evaluate on pictures of the same size."
         )
     seed = recipe.eval.seed if seed is None else seed
-    bench = Bench(
-        dataset, features or recipe.eval.features, seed, say, hash_of(model.weights), metrics or recipe.eval.metrics
-    )
+    space = features or (recipe.eval.features if invents(model.family) else "randconv")  # trains no judge
+    bench = Bench(dataset, space, seed, say, hash_of(model.weights), metrics or recipe.eval.metrics)
     rows: list[Measurement] = []
-    if model.family.draws:
+    if model.family.draws and not invents(model.family):
+        rows += _reconstruction(model, dataset.validation, bench.provenance("pixels"))
+    elif model.family.draws:
         count = n or recipe.eval.n
         say(f"Drawing {count} pictures.")
         labels = bench.labels(count)
         seeds = [mix(seed, "evaluate", index) for index in range(count)]
         with model.precision():
-            images = draw(model.family, seeds, labels, options_for(model.family, options), BATCH)
+            wanted = in_words(model.family, dataset.validation, labels)
+            images = draw(model.family, seeds, wanted, options_for(model.family, options), BATCH)
         rows += bench.measure(images, labels)
         rows += _reconstruction(model, dataset.validation, bench.provenance("pixels"))
         pictures.write(_neighbour_sheet(bench, images), run.picture_path("neighbours"))
@@ -111,7 +115,7 @@ def _reconstruction(model: Model, source: Source, provenance: Provenance) -> lis
     for start in range(0, count, BATCH):
         targets = datasets.to_float(source.read(range(start, min(count, start + BATCH))).images)
         with torch.inference_mode(), model.precision():
-            predictions = model.family.reconstruct(targets.to(model.device))
+            predictions = reconstructed(model.family, targets.to(model.device))
         if predictions is None:
             return []
         regression.update(predictions.float().cpu(), targets)

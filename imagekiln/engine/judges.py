@@ -16,8 +16,8 @@ from imagekiln import data as datasets
 from imagekiln.config import write_toml
 from imagekiln.core import mix
 from imagekiln.engine import recipe as recipes
-from imagekiln.engine.generate import Model, open_model
-from imagekiln.engine.plan import build_family
+from imagekiln.engine.inputs import begin
+from imagekiln.engine.models import Model, open_model
 from imagekiln.engine.run import Run
 from imagekiln.engine.tracker import Say, Silent
 from imagekiln.engine.trainer import Trainer
@@ -39,8 +39,7 @@ def judge(dataset: datasets.Dataset, number: int, say: Say) -> Model:
             run = Run.create(run.path, write_toml(recipe), {"average": recipe.train.averages[0].name})
             epochs = max(recipe.train.total_kimg, 3 * len(dataset.train) / 1000)
             longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"total_kimg": epochs})})
-            family = build_family(longer, dataset)
-            Trainer(longer, family, dataset.train, dataset.validation, run, Silent()).fit()
+            Trainer(longer, *begin(longer, dataset), run, Silent()).fit()
     return open_model(run)
 
 

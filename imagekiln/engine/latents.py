@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from imagekiln.core import Condition, Family, seeded_noise
-from imagekiln.engine.generate import asked_for, in_parts
+from imagekiln.engine.generate import Wish, asked_for, in_parts, pictured
 from imagekiln.errors import UsageError
 
 MAX_FRAMES = 2000
@@ -74,7 +74,7 @@ def slerp(first_BX: Tensor, second_BX: Tensor, share_B: Tensor) -> Tensor:
 # -- walks ------------------------------------------------------------------------------------------------------------
 
 
-def require_walk(family: Family, frames: int, labels: Sequence[int]) -> None:
+def require_walk(family: Family, frames: int, labels: Sequence[Wish]) -> None:
     """Whether a walk through pictures of these labels, `frames` from each to the next, can be drawn.
 
     Raises:
@@ -89,9 +89,13 @@ def require_walk(family: Family, frames: int, labels: Sequence[int]) -> None:
             f"--interpolate {frames} with -n {len(labels)} is {frames * len(labels)} frames; "
             f"at most {MAX_FRAMES} are drawn. Lower one of them."
         )
-    if family.num_classes and len(set(labels)) > 1 and not isinstance(family, StyleSpace):
+    if (
+        len(set(labels)) > 1
+        and (family.num_classes or isinstance(labels[0], str))
+        and not isinstance(family, StyleSpace)
+    ):
         raise UsageError(
-            "--interpolate: this model draws classes, and between two of them is nothing. Choose one with --label."
+            "--interpolate: between two classes or prompts of this model is nothing. Choose one with --label, --prompt."
         )
 
 
@@ -99,7 +103,7 @@ def walk(
     family: Family,
     keys: Tensor,
     seeds: Sequence[int],
-    labels: Sequence[int],
+    labels: Sequence[Wish],
     frames: int,
     options: Any = None,
     batch: int = 64,
@@ -118,7 +122,7 @@ def walk(
         end = (start + 1) % count
         noise = slerp(noise_KX[start], noise_KX[end], share_B).to(where)
         if not isinstance(family, StyleSpace):
-            return family.sample(noise, asked_for(family, [labels[leg] for leg in start.tolist()]), options)
+            return pictured(family, noise, asked_for(family, [labels[leg] for leg in start.tolist()]), options)
         first, second = (_styled(family, seeds, labels, rows.tolist(), options)[1] for rows in (start, end))
         return family.from_styles(first.lerp(second, share_B.to(first)[:, None, None]), noise)
 
@@ -153,7 +157,7 @@ def require_styles(family: Family, rows: int, columns: int, crossover: int | Non
 def mixed(
     family: Family,
     seeds: Sequence[int],
-    labels: Sequence[int],
+    labels: Sequence[Wish],
     rows: int,
     crossover: int,
     options: Any = None,
@@ -182,7 +186,7 @@ def mixed(
 
 
 def _styled(
-    family: Any, seeds: Sequence[int], labels: Sequence[int], rows: Sequence[int], options: Any
+    family: Any, seeds: Sequence[int], labels: Sequence[Wish], rows: Sequence[int], options: Any
 ) -> tuple[Tensor, Tensor]:
     """Noise and styles of some of the pictures of these seeds and labels."""
     noise_BX = seeded_noise([seeds[row] for row in rows], family.noise_shape()).to(next(family.parameters()).device)

@@ -25,8 +25,8 @@ from imagekiln.config import Recipe, read_toml
 from imagekiln.core import mix
 from imagekiln.engine import pictures
 from imagekiln.engine import recipe as recipes
-from imagekiln.engine.generate import Model, open_model
 from imagekiln.engine.judges import JUDGE_RECIPE, judge, predicted
+from imagekiln.engine.models import Model, open_model
 from imagekiln.engine.release import check
 from imagekiln.engine.run import Run
 from imagekiln.engine.tracker import Say
@@ -421,7 +421,7 @@ def _sources(dataset: datasets.Dataset) -> list[Any]:
 
 
 def _require_fit(dataset: datasets.Dataset, path: str, model: Model) -> None:
-    shape, wanted = tuple(dataset.train.image_shape), tuple(model.family.image_shape)
+    shape, wanted = tuple(dataset.train.image_shape), tuple(model.family.picture_shape)
     if shape != wanted:
         raise DataError(
             f"{path} holds pictures of {shape} and the model draws {wanted} (channels, height, width): bring them to "

@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from imagekiln.core import Source
 from imagekiln.engine.run import write_whole
 
 GRID_SIDE = 1024
@@ -131,3 +132,20 @@ def _written(name: str, label: int) -> str:
         return "any"
     plain = "".join(letter for letter in name if letter.isprintable())[:24]
     return plain if plain.strip() and all(ord(letter) < 256 for letter in plain) else str(label)
+
+
+def of_labels(source: Source, labels: Sequence[int]) -> Tensor:
+    """Pictures of a source with these labels, each another one while there are any; the first ones without labels.
+
+    labels: as `engine.generate.labels_for` gives them. Returns images_NCHW uint8.
+    """
+    everything = source.read(range(min(len(source), 4000)))
+    if not source.num_classes or everything.labels is None:
+        return everything.images[: len(labels)]
+    known = everything.labels.tolist()
+    rows, used = [], set[int]()
+    for label in labels:
+        match = next((i for i, value in enumerate(known) if value == label and i not in used), None)
+        rows.append(match if match is not None else 0)
+        used.add(rows[-1])
+    return everything.images[rows]

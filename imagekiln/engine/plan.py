@@ -7,13 +7,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from imagekiln.config import Recipe, write_toml
-from imagekiln.core import mix
 from imagekiln.data import Dataset
-from imagekiln.engine import recipe as recipes
 from imagekiln.engine import validation
+from imagekiln.engine.inputs import begin
 from imagekiln.engine.run import Run
 from imagekiln.engine.tracker import Silent
 from imagekiln.engine.trainer import Trainer
@@ -35,18 +32,12 @@ class Rate:
     probe_sec: float
 
 
-def build_family(recipe: Recipe, dataset: Dataset):
-    """The family of a recipe for a data set, initialised from the recipe's seed."""
-    torch.manual_seed(mix(recipe.train.seed, "initialisation"))
-    return recipes.build(recipe, dataset.train.image_shape, dataset.train.num_classes)
-
-
 def measure(recipe: Recipe, dataset: Dataset, probe_sec: float = PROBE_SEC) -> Rate:
     """Run real steps and one event of each kind in a folder that is thrown away."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         run = Run.create(Path(folder) / "probe", write_toml(recipe), {})
-        trainer = Trainer(recipe, build_family(recipe, dataset), dataset.train, dataset.validation, run, Silent())
+        trainer = Trainer(recipe, *begin(recipe, dataset), run, Silent())
         for _ in range(WARMUP_STEPS):
             trainer.step()
         step_sec = [_step_sec(trainer, (part + 0.5) / PROBES, probe_sec / PROBES) for part in range(PROBES)]

@@ -33,8 +33,9 @@ from imagekiln.core import UNLABELLED, Condition, Family, half_cosine, mix, seed
 from imagekiln.data import to_float, to_uint8
 from imagekiln.data.decode import Unusable, fit, open_safely
 from imagekiln.engine import pictures
-from imagekiln.engine.generate import Model, asked_for, in_parts, open_model
+from imagekiln.engine.generate import asked_for, in_parts, pictured
 from imagekiln.engine.latents import StyleSpace
+from imagekiln.engine.models import Model, open_model
 from imagekiln.engine.run import Run, disk_faults, write_whole
 from imagekiln.errors import DataError, UsageError
 from imagekiln.metrics import RandomConv
@@ -163,7 +164,7 @@ def project(
     classes = list(range(model.family.num_classes)) or [UNLABELLED]
     labels = classes if label is None else [model.label(label)]
     target = read_picture(Path(picture), model)
-    seen = random_features(model.family.image_shape)  # type: ignore[arg-type]  # three numbers
+    seen = random_features(model.family.picture_shape)  # type: ignore[arg-type]  # three numbers
     result = search(model.family, target, labels, seen, steps=steps, restarts=restarts, seed=seed, progress=progress)
     return _write(Path(out), model, target, result)
 
@@ -179,7 +180,7 @@ def require_searchable(family: Family) -> None:
         raise UsageError(f"A {name} judges pictures and draws none, so there is nothing to search.")
     noise = seeded_noise([0], family.noise_shape()).to(next(family.parameters()).device).requires_grad_(True)
     with torch.enable_grad():
-        smooth = family.sample(noise, asked_for(family, [UNLABELLED])).requires_grad
+        smooth = pictured(family, noise, asked_for(family, [UNLABELLED])).requires_grad
     if not smooth:
         raise UsageError(
             f"A {name} model cannot be searched for a picture: its drawing has no derivative by the noise. "
@@ -193,7 +194,7 @@ def read_picture(path: Path, model: Model) -> Tensor:
     Raises:
         DataError: it cannot be used.
     """
-    channels, height, width = model.family.image_shape
+    channels, height, width = model.family.picture_shape
     data = model.recipe.data
     try:
         image = open_safely(path)
@@ -225,8 +226,10 @@ def search(
     Raises:
         UsageError: pictures of another shape.
     """
-    if tuple(target.shape) != family.image_shape:
-        raise UsageError(f"A picture of shape {tuple(target.shape)} was given; this model draws {family.image_shape}.")
+    if tuple(target.shape) != family.picture_shape:
+        raise UsageError(
+            f"A picture of shape {tuple(target.shape)} was given; this model draws {family.picture_shape}."
+        )
     goal = to_float(target).to(next(family.parameters()).device)[None]
     num_drawn = max(NUM_DRAWN, len(labels))
     starts = _starts(family, goal, labels, num_drawn, seed)
@@ -374,7 +377,7 @@ def _shortened(x_BX: Tensor, most: float, together: int = 1) -> Tensor:
 def _picture(family: Any, latent: Latent) -> Tensor:
     if latent.styles is not None:
         return family.from_styles(latent.styles, latent.noise)
-    return family.sample(latent.noise, asked_for(family, latent.labels))
+    return pictured(family, latent.noise, asked_for(family, latent.labels))
 
 
 # -- what is seen, and what is written --------------------------------------------------------------------------------

@@ -34,8 +34,8 @@ from imagekiln.core import UNLABELLED, Batch, Source, mix
 from imagekiln.data import cell, printable
 from imagekiln.data.source import Pictures
 from imagekiln.engine import recipe as recipes
-from imagekiln.engine.generate import Model, open_model
 from imagekiln.engine.judges import BATCH, JUDGE_RECIPE
+from imagekiln.engine.models import Model, open_model
 from imagekiln.engine.run import Run, write_whole
 from imagekiln.engine.tracker import Say, Silent
 from imagekiln.engine.trainer import Trainer

@@ -23,7 +23,8 @@ from imagekiln.core import mix
 from imagekiln.data import to_float
 from imagekiln.engine import device as devices
 from imagekiln.engine.evaluate import hash_of
-from imagekiln.engine.generate import Model, draw, options_for
+from imagekiln.engine.generate import draw, options_for
+from imagekiln.engine.models import Model
 from imagekiln.engine.run import Run, write_whole
 from imagekiln.engine.tracker import Say
 from imagekiln.errors import UsageError
@@ -49,9 +50,9 @@ def check(run: Run, model: Model, release: bool, say: Say) -> dict[str, Any] | N
     known = None if release else _read_release(path)
     say(f"Drawing {RELEASE_PICTURES} pictures of fixed seeds.")
     seeds = [mix("release", index) for index in range(RELEASE_PICTURES)]
-    labels = [index % max(1, model.family.num_classes) for index in range(RELEASE_PICTURES)]
+    wanted = model.wishes(RELEASE_PICTURES)
     with model.precision():
-        images = draw(model.family, seeds, labels, options_for(model.family, {}), RELEASE_PICTURES).contiguous()
+        images = draw(model.family, seeds, wanted, options_for(model.family, {}), RELEASE_PICTURES).contiguous()
     about = {
         "sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest(),
         "weights_hash": hash_of(model.weights),

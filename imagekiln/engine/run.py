@@ -249,6 +249,21 @@ class Run:
         return self.path / "release.safetensors"
 
     @property
+    def codec_path(self) -> Path:
+        """The run's own copy of the autoencoder whose latents it learns, where it learns latents."""
+        return self.path / "codec" / "weights.safetensors"
+
+    @property
+    def codec_scales_path(self) -> Path:
+        """Shift and scale of these latents."""
+        return self.path / "codec" / "scales.json"
+
+    @classmethod
+    def of_weights(cls, weights: Path) -> Run:
+        """The run that a weights file lies in."""
+        return cls(weights.parent.parent)
+
+    @property
     def events_folder(self) -> Path:
         """TensorBoard's files."""
         return self.path / "tensorboard"

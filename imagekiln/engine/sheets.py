@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from imagekiln.engine import latents, pictures
-from imagekiln.engine.generate import Model
+from imagekiln.engine.generate import Wish
+from imagekiln.engine.models import Model
 from imagekiln.engine.run import write_whole
 from imagekiln.errors import UsageError
 
@@ -34,7 +35,7 @@ class Sheets:
         if self.mix < 0:
             raise UsageError(f"--mix {self.mix}: expected a number of pictures, or 0 for no table.")
 
-    def require(self, model: Model, labels: Sequence[int]) -> None:
+    def require(self, model: Model, labels: Sequence[Wish]) -> None:
         """Whether this model can draw them. labels: of all pictures, those that give fine styles last.
 
         Raises:
@@ -43,8 +44,8 @@ class Sheets:
         count = len(labels) - self.mix
         if self.grid not in GRIDS:
             raise UsageError(f"--grid {self.grid}: expected {' or '.join(GRIDS)}.")
-        if self.grid == "class" and not model.class_names:
-            raise UsageError("--grid class: this model was trained without labels. Leave --grid out.")
+        if self.grid == "class" and (not model.class_names or any(isinstance(label, str) for label in labels)):
+            raise UsageError("--grid class: this model does not draw by labels. Leave --grid out.")
         if not SLOWEST_FPS <= self.fps <= FASTEST_FPS:
             raise UsageError(f"--fps {self.fps:g}: expected {SLOWEST_FPS:g} to {FASTEST_FPS:g} frames a second.")
         if self.interpolate:
@@ -64,7 +65,7 @@ class Sheets:
         model: Model,
         images: Tensor,
         seeds: Sequence[int],
-        labels: Sequence[int],
+        labels: Sequence[Wish],
         options: Any = None,
         batch: int = 64,
     ) -> dict[str, Path]:
@@ -92,9 +93,10 @@ class Sheets:
             pictures.write(pictures.table(images[:count], images[count : count + self.mix], cells), written["mix"])
         return written
 
-    def _grid(self, images: Tensor, labels: Sequence[int], model: Model) -> Any:
+    def _grid(self, images: Tensor, labels: Sequence[Wish], model: Model) -> Any:
         shown = images[: GRIDS[self.grid]]
         if self.grid == "class":
-            return pictures.class_rows(shown, labels[: len(shown)], model.class_names)
+            numbers = [label for label in labels[: len(shown)] if isinstance(label, int)]
+            return pictures.class_rows(shown, numbers, model.class_names)
         turns = len(set(labels)) > 1 or model.family.num_classes < 2
         return pictures.grid(shown, pictures.columns_for(len(shown), model.family.num_classes if turns else 0))

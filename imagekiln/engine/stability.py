@@ -31,7 +31,9 @@ from imagekiln.engine import verdict as judging
 from imagekiln.engine.agreement import differences, paired_distance, same_seed_distance, tiles, unrelated_distance
 from imagekiln.engine.bench import BATCH, Bench
 from imagekiln.engine.evaluate import hash_of
-from imagekiln.engine.generate import Model, draw, labels_for, open_model, options_for
+from imagekiln.engine.generate import draw, labels_for, options_for
+from imagekiln.engine.inputs import in_words
+from imagekiln.engine.models import Model, open_model
 from imagekiln.engine.run import Run
 from imagekiln.engine.tracker import Say
 from imagekiln.engine.verdict import Ending, Estimate, Pair, RunRow, Spread, Verdict
@@ -208,9 +210,9 @@ class _Look:
                 f"{self.run.path} holds a {model.recipe.family.name}, which judges pictures and draws none."
             )
         wanted = self.shared.dataset.train.image_shape
-        if model.family.image_shape != wanted:
+        if model.family.picture_shape != wanted:
             raise UsageError(
-                f"{self.run.path} draws pictures of {model.family.image_shape} and the real ones are {wanted} "
+                f"{self.run.path} draws pictures of {model.family.picture_shape} and the real ones are {wanted} "
                 "(channels, height, width); stability compares runs of one size. Leave it out, or give other --data."
             )
 
@@ -237,7 +239,8 @@ class _Look:
         """Pictures of the seeds `evaluate` uses for this purpose: the same for every run."""
         seeds = [mix(self.bench.seed, purpose, index) for index in range(len(labels))]
         with model.precision():
-            return draw(model.family, seeds, labels, options or options_for(model.family, {}), BATCH)
+            wanted = in_words(model.family, self.shared.dataset.validation, labels)
+            return draw(model.family, seeds, wanted, options or options_for(model.family, {}), BATCH)
 
     def _ending(self, at_best: Estimate | None, labels: Sequence[int]) -> Ending | None:
         """The last moment beside the best one; None where they are the same or only one was kept."""

@@ -23,7 +23,9 @@ from imagekiln.config import Recipe
 from imagekiln.core import Family, Phase, Progress, Source, half_cosine, mix
 from imagekiln.engine import augment, checkpoint, device, pictures, validation
 from imagekiln.engine.doctor import Doctor
-from imagekiln.engine.generate import draw, labels_for, save_weights
+from imagekiln.engine.generate import draw, invents, labels_for
+from imagekiln.engine.inputs import examples, in_words
+from imagekiln.engine.models import save_weights
 from imagekiln.engine.run import Run
 from imagekiln.engine.state import Listener, State
 from imagekiln.engine.validation import Validation
@@ -307,14 +309,20 @@ class Trainer:
         return stop or self.state.doctor.stopped
 
     def preview(self) -> None:
-        """The same seeds every time, so that the pictures can be compared over time."""
+        """The same seeds every time, so that the pictures can be compared over time; or held-out pictures and what an
+        autoencoder makes of them, row by row."""
         if not self.family.draws:
             return
-        labels = labels_for(PREVIEW_IMAGES, self.family.num_classes)
-        seeds = [mix(self.config.seed, "preview", index) for index in range(len(labels))]
+        twin, columns = self.inference_twin(), pictures.columns_for(PREVIEW_IMAGES, 0)
         with self._precision():
-            images = draw(self.inference_twin(), seeds, labels, batch=len(seeds))
-        picture = pictures.grid(images, columns=pictures.columns_for(len(seeds), self.family.num_classes))
+            if invents(self.family):
+                labels = labels_for(PREVIEW_IMAGES, self.family.num_classes)
+                seeds = [mix(self.config.seed, "preview", index) for index in range(len(labels))]
+                images = draw(twin, seeds, in_words(twin, self.validation.source, labels), batch=len(seeds))
+                columns = pictures.columns_for(len(seeds), self.family.num_classes)
+            else:
+                images = self.validation.pairs(twin, PREVIEW_IMAGES // 2, columns)
+        picture = pictures.grid(images, columns)
         pictures.write(picture, self.run.sample_path(self.state.nimg))
         self.listener.preview(self.state.nimg, picture)
         self._restart_clock()
@@ -412,7 +420,8 @@ class Trainer:
     def _save_weights(self) -> None:
         for name in self.averages:
             tensors = self.inference_twin(name)
-            save_weights(self.run.weights_path(self.state.nimg, name), tensors, self.recipe, self.train_source)
+            prompts = examples(self.family, self.validation.source)
+            save_weights(self.run.weights_path(self.state.nimg, name), tensors, self.recipe, self.train_source, prompts)
         kept = {self.state.nimg} | ({self.state.best_nimg} if self.state.best_nimg is not None else set())
         self.run.prune_weights(kept)
         self._status("training")

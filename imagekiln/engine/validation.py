@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from imagekiln.core import Family, HeldOut, Progress, Source, mix
-from imagekiln.data import to_float
-from imagekiln.engine.generate import draw
+from imagekiln.data import to_float, to_uint8
+from imagekiln.engine.generate import draw, reconstructed
+from imagekiln.engine.inputs import pictures_of, wishes
 from imagekiln.metrics import Coverage, KernelDistance, RandomConv, Statistics, extract
 from imagekiln.metrics.features import SMALLEST_SIDE
 
@@ -58,8 +59,7 @@ class Validation:
         found: dict[str, list[HeldOut]] = {}
         for start in range(0, count, BATCH):
             raw = self.source.read(range(start, min(count, start + BATCH)))
-            labels = None if raw.labels is None else raw.labels.to(self.device)
-            batch = raw._replace(images=to_float(raw.images.to(self.device)), labels=labels)
+            batch = raw._replace(images=to_float(raw.images)).to(self.device)
             torch.manual_seed(mix(self.seed, "validation", start))
             with self._context():
                 values = family.held_out(batch, progress)
@@ -76,22 +76,29 @@ class Validation:
 
         The seeds are the same every time, and labels come in the order of the held-out pictures.
         """
-        if not family.draws or count < 2 or min(family.image_shape[1:]) < SMALLEST_SIDE:
+        if not family.draws or count < 2 or min(family.picture_shape[1:]) < SMALLEST_SIDE:
             return {}
         if self._real is None:
-            network, rows = RandomConv(self.source.image_shape), range(min(len(self.source), IMAGES))
-            pictures = self.source.read(rows).images.split(BATCH)
+            source = pictures_of(self.source)
+            network, rows = RandomConv(source.image_shape), range(min(len(source), IMAGES))
+            pictures = source.read(rows).images.split(BATCH)
             self._real = network, Statistics.of(extract(network, (to_float(part) for part in pictures)))
         network, real = self._real
         if real.n < FEWEST_DRAWN // 2:
             return {}
-        known = self.source.read([index % len(self.source) for index in range(count)]).labels
-        labels = [-1] * count if known is None else known.tolist()
+        wanted = wishes(self.source, [index % len(self.source) for index in range(count)])
         seeds = [mix(self.seed, "quality", index) for index in range(count)]
         with self._context():
-            images = draw(family, seeds, labels, batch=BATCH)
+            images = draw(family, seeds, wanted, batch=BATCH)
         drawn = Statistics.of(extract(network, (to_float(part) for part in images.split(BATCH))))
         return {"kernel": KernelDistance()(drawn, real), "coverage": Coverage()(drawn, real)}
+
+    @torch.inference_mode()
+    def pairs(self, family: Family, count: int, columns: int) -> Tensor:
+        """Held-out pictures and what a family makes of them, rows of `columns` in turn: (2 count, C, H, W) uint8."""
+        real = self.source.read([index % len(self.source) for index in range(count)]).images
+        made = to_uint8(reconstructed(family, to_float(real).to(self.device))).cpu()  # type: ignore[arg-type]
+        return torch.cat([part for rows in zip(real.split(columns), made.split(columns), strict=True) for part in rows])
 
     def _context(self) -> AbstractContextManager[Any]:
         return self._precision()

@@ -137,8 +137,7 @@ class Diffusion(Family):
             null_B = torch.full_like(labels_B, self.num_classes)
             interval = (options.guidance_low, options.guidance_high)
             denoise = guidance.guide(denoise, self._denoiser(null_B), options.guidance, interval)
-        x = samplers.sampler(options.sampler)(denoise, noise, samplers.sigmas(options.steps), self.path)
-        return x.clamp(-1, 1)
+        return samplers.sampler(options.sampler)(denoise, noise, samplers.sigmas(options.steps), self.path)
 
     def noise_shape(self) -> tuple[int, ...]:
         return self.image_shape
@@ -149,7 +148,7 @@ class Diffusion(Family):
         sigma_B = images.new_full((len(images),), DENOISING_SIGMA)
         eps = seeded_noise(range(len(images)), self.image_shape).to(images)
         labels_B = self._labels(None, len(images), images.device)
-        return self._denoiser(labels_B)(self.path.diffuse(images, eps, sigma_B), sigma_B).clamp(-1, 1)
+        return self._denoiser(labels_B)(self.path.diffuse(images, eps, sigma_B), sigma_B)
 
     def _denoiser(self, labels_B: Tensor | None) -> samplers.Denoiser:
         def denoise(z: Tensor, sigma_B: Tensor) -> Tensor:

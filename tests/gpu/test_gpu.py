@@ -10,7 +10,8 @@ import torch
 
 from imagekiln import api
 from imagekiln.engine import checkpoint, registry
-from imagekiln.engine.generate import draw, load_model
+from imagekiln.engine.generate import draw
+from imagekiln.engine.models import load_model
 
 pytestmark = [
     pytest.mark.gpu,

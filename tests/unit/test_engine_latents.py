@@ -14,8 +14,9 @@ from imagekiln.config import FamilyConfig
 from imagekiln.core import Family, Loss, Phase, seeded_noise
 from imagekiln.data import to_uint8
 from imagekiln.engine import latents, pictures, recipe, registry
-from imagekiln.engine.generate import Model, asked_for, draw, options_for
+from imagekiln.engine.generate import asked_for, draw, options_for
 from imagekiln.engine.latents import StyleSpace, mixed, require_styles, require_walk, slerp, walk
+from imagekiln.engine.models import Model
 from imagekiln.engine.sheets import Sheets
 from imagekiln.errors import UsageError
 
@@ -255,7 +256,7 @@ def _model(num_classes: int) -> Model:
 def test_what_does_not_go_together_is_refused():
     for sheets, num_classes, words in (
         (Sheets(grid="rows"), 2, "--grid rows: expected plain or class"),
-        (Sheets(grid="class"), 0, "trained without labels"),
+        (Sheets(grid="class"), 0, "does not draw by labels"),
         (Sheets(fps=0), 0, "--fps 0"),
         (Sheets(fps=1e6), 0, "--fps"),
         (Sheets(crossover=2), 0, "--mix, too"),

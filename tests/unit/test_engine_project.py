@@ -12,7 +12,8 @@ from imagekiln.config import FamilyConfig
 from imagekiln.core import UNLABELLED, Family, Loss, Phase, seeded_noise
 from imagekiln.data import to_float, to_uint8
 from imagekiln.engine import project, recipe, registry
-from imagekiln.engine.generate import Model, draw
+from imagekiln.engine.generate import draw
+from imagekiln.engine.models import Model
 from imagekiln.engine.project import (
     LARGEST_DB,
     Distance,

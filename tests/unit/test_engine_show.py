@@ -16,8 +16,9 @@ from imagekiln.config import Recipe, write_toml
 from imagekiln.core import Source
 from imagekiln.data import to_uint8
 from imagekiln.data.source import MemmapSource, Table
-from imagekiln.engine import plan, show
 from imagekiln.engine import recipe as recipes
+from imagekiln.engine import show
+from imagekiln.engine.inputs import begin
 from imagekiln.engine.run import Run
 from imagekiln.engine.tracker import Silent
 from imagekiln.engine.trainer import Trainer
@@ -114,7 +115,7 @@ def test_the_recipe_names_its_pictures(tmp_path: Path) -> None:
     dataset = data.load(made.data)
     torch.manual_seed(0)
     run = Run.create(tmp_path / "run", write_toml(made), {})
-    real = Trainer(made, plan.build_family(made, dataset), dataset.train, dataset.validation, run, Silent())
+    real = Trainer(made, *begin(made, dataset), run, Silent())
     after = cells(tmp_path / "show" / "after.png", 8, told["columns"], 8)
     assert (after == to_uint8(real.loader.batch(0).images)[:, 0].numpy()).all()
     assert all(entry["changes"] == {"across": True} for entry in told["pictures"])

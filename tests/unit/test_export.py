@@ -55,7 +55,7 @@ def test_diffusers_computes_the_same(labelled: Run, tmp_path: Path) -> None:
 def test_stock_pipeline_draws_what_we_draw(unlabelled: Run, tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     from imagekiln.diffusion import samplers
-    from imagekiln.engine.generate import open_model
+    from imagekiln.engine.models import open_model
 
     assert api.export(unlabelled, "diffusers", tmp_path)["pipeline"]
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path)

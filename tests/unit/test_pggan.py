@@ -13,7 +13,8 @@ from torch.nn.functional import conv2d
 from imagekiln.config import Recipe
 from imagekiln.core import Batch, Condition, Progress, seeded_noise
 from imagekiln.engine import recipe as recipes
-from imagekiln.engine.generate import draw, load_model
+from imagekiln.engine.generate import draw
+from imagekiln.engine.models import load_model
 from imagekiln.engine.tracker import Silent
 from imagekiln.engine.trainer import Trainer
 from imagekiln.errors import RecipeError

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from imagekiln.config import Recipe
-from imagekiln.core import Batch, Family, Progress, Source, mix
+from imagekiln.core import Family, Progress, Source, mix
 from imagekiln.data import to_float
 from imagekiln.engine.doctor import acts
 from imagekiln.engine.doctor.chart import Chart
 from imagekiln.engine.doctor.illnesses import Finding, History, diagnose
 from imagekiln.engine.doctor.signals import Real
 from imagekiln.engine.generate import draw
+from imagekiln.engine.inputs import in_words, pictures_of
 from imagekiln.engine.run import Run
 
 LOOKS = 64
@@ -147,11 +148,12 @@ class Doctor:
         twin = self.patient.inference_twin()
         found: dict[str, float] = {}
         if twin.draws:
-            self._real = self._real or Real(self.patient.train_source)
+            self._real = self._real or Real(pictures_of(self.patient.train_source))
             seed = mix(self.patient.recipe.train.seed, "doctor", number)
             labels = self._real.labels(count, seed)
             with self._precision():
-                images = draw(twin, [mix(seed, index) for index in range(count)], labels, batch=count)
+                wanted = in_words(twin, self.patient.train_source, labels)
+                images = draw(twin, [mix(seed, index) for index in range(count)], wanted, batch=count)
             found = {f"drawn/{key}": value for key, value in self._real.look_at(images, labels).items()}
             found["drawn/missing"] = self._missing(images)
         if critics:
@@ -159,7 +161,7 @@ class Doctor:
         return found
 
     def _missing(self, images: Tensor) -> float:
-        real = self._real or Real(self.patient.train_source)
+        real = self._real or Real(pictures_of(self.patient.train_source))
         self.chart.kinds = [*self.chart.kinds[1 - HISTOGRAMS :], real.kinds_of(images).tolist()]
         return real.missing(torch.tensor(self.chart.kinds).sum(0))
 
@@ -170,9 +172,7 @@ class Doctor:
         for side, source in (("train", self.patient.train_source), ("held_out", self.held_out)):
             rows = [(number * count + index) * _STRIDE % len(source) for index in range(count)]
             raw = source.read(rows)
-            where = self.patient.device
-            labels = None if raw.labels is None else raw.labels.to(where)
-            batch = Batch(to_float(raw.images.to(where)), labels, None if raw.text is None else raw.text.to(where))
+            batch = raw._replace(images=to_float(raw.images)).to(self.patient.device)
             torch.manual_seed(mix(self.patient.recipe.train.seed, "probe", number))
             with self._precision():
                 parts = twin.loss(critic, batch, Progress(self.patient.state.nimg, self.patient.total_nimg)).parts

@@ -1,0 +1,179 @@
+"""Codecs: a trained autoencoder between pictures and the latents that a family learns from.
+
+`data.codec` names the run of a family that encodes and decodes. Latents are made once, kept in the cache, and scaled by
+one shift and one factor to mean 0 and standard deviation 1 over the training set (Rombach et al. 2022, section 3.3):
+the numbers behind `shift_factor` and `scaling_factor` of diffusers' autoencoders. A run keeps a copy of its codec, so
+that it draws without the autoencoder's run.
+
+Shapes: N pictures, B of them in a batch, C channels, H rows, W columns; a latent has its own C, H and W.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imagekiln.core import Batch
+from imagekiln.data import cache_folder, to_float
+from imagekiln.engine.run import Run, disk_faults, write_whole
+
+BATCH = 64
+
+
+@runtime_checkable
+class Coder(Protocol):
+    """What a family offers that can be a codec."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """latents_BCHW float32 of images_BCHW float32 in [-1, 1]; nothing random."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """images_BCHW float32 of latents_BCHW."""
+        ...
+
+
+class Codec:
+    """An autoencoder with the two numbers that bring its latents to mean 0 and standard deviation 1.
+
+    model: an opened model whose family is a `Coder` (`imagekiln.engine.models.Model`). data: the bytes of its weights
+    file. shift, scale: None until `latents` takes them from a training set.
+    """
+
+    def __init__(self, model: Any, data: bytes, shift: float | None = None, scale: float | None = None) -> None:
+        self.model, self.data = model, data
+        self.shift, self.scale = shift, scale
+        self.image_shape: tuple[int, int, int] = model.family.image_shape
+        self.fingerprint = hashlib.blake2b(data, digest_size=16).hexdigest()
+
+    def __deepcopy__(self, memo: Any) -> Codec:
+        return self  # it does not change; a family's twin shares it
+
+    def encode(self, images: Tensor) -> Tensor:
+        """latents_BCHW float32 as a family learns them, of images_BCHW in [-1, 1]; on the codec's device."""
+        return self.standard(self.raw(images))
+
+    @torch.inference_mode()
+    def raw(self, images: Tensor) -> Tensor:
+        """latents_BCHW as the autoencoder makes them."""
+        with self.model.precision():
+            return self._coder.encode(images.to(self.model.device)).float()
+
+    def standard(self, latents: Tensor) -> Tensor:
+        """Raw latents as a family learns them."""
+        shift, scale = self._scales
+        return (latents - shift) / scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """images_BCHW float32 of latents as a family draws them, on their device."""
+        self.model.family.to(latents.device)
+        shift, scale = self._scales
+        with self.model.precision():
+            images = self._coder.decode(latents * scale + shift)
+        return images.float()
+
+    def keep(self, run: Run) -> None:
+        """Copy this codec into a run."""
+        shift, scale = self._scales
+        write_whole(run.codec_path, self.data)
+        write_whole(run.codec_scales_path, json.dumps({"shift": shift, "scale": scale}) + "\n")
+
+    def measure(self, raw_NCHW: np.ndarray) -> None:
+        """Take shift and scale from a training set's raw latents."""
+        parts = [raw_NCHW[start : start + 4096].astype(np.float64) for start in range(0, len(raw_NCHW), 4096)]
+        total = sum(part.size for part in parts)
+        shift = float(sum(part.sum() for part in parts) / total)
+        variance = float(sum(((part - shift) ** 2).sum() for part in parts) / total)
+        self.shift, self.scale = shift, variance**0.5 or 1.0
+
+    @property
+    def _scales(self) -> tuple[float, float]:
+        if self.shift is None or self.scale is None:
+            raise RuntimeError("A codec has no scales before a training set's latents were made.")
+        return self.shift, self.scale
+
+    @property
+    def _coder(self) -> Any:
+        return self.model.family
+
+
+# -- latents as a source ----------------------------------------------------------------------------------------------
+
+
+class Latents:
+    """The latents of a source's pictures, after them those of the mirrored ones where there are any.
+
+    pictures: the source they were made of.
+    """
+
+    def __init__(self, pictures: Any, raw_NCHW: np.ndarray, codec: Codec) -> None:
+        self.pictures, self.codec, self._raw_NCHW = pictures, codec, raw_NCHW
+        self._copies = len(raw_NCHW) // max(1, len(pictures))
+        self.image_shape: tuple[int, int, int] = raw_NCHW.shape[1:]
+        self.num_classes, self.class_names = pictures.num_classes, pictures.class_names
+        both = f"{pictures.fingerprint}:{codec.fingerprint}:{self._copies}"
+        self.fingerprint = hashlib.blake2b(both.encode(), digest_size=16).hexdigest()
+        captions, labels = getattr(pictures, "captions", None), getattr(pictures, "labels_N", None)
+        self.captions: Sequence[str] | None = None if captions is None else list(captions) * self._copies
+        self.labels_N: Tensor | None = None if labels is None else labels.repeat(self._copies)
+
+    def __len__(self) -> int:
+        return len(self._raw_NCHW)
+
+    def read(self, indices: Sequence[int]) -> Batch:
+        """The latents at these indices: latents_BCHW float32 with mean 0 and standard deviation 1 over the set."""
+        chosen = np.asarray(indices, np.int64)
+        raw_BCHW = torch.from_numpy(self._raw_NCHW[chosen].astype(np.float32))
+        labels = None if self.labels_N is None else self.labels_N[torch.from_numpy(chosen)]
+        return Batch(self.codec.standard(raw_BCHW), labels)
+
+
+def latents(codec: Codec, source: Any, mirrored: bool = False) -> Latents:
+    """The latents of a source, from the cache or made now; a codec without scales takes them from these.
+
+    mirrored: also those of the pictures mirrored left to right, as pictures of their own.
+
+    Raises:
+        DiskError: the cache cannot be written.
+    """
+    key = hashlib.blake2b(f"{codec.fingerprint}:{source.fingerprint}:{mirrored}".encode(), digest_size=16).hexdigest()
+    path = cache_folder() / "latents" / f"{key}.npy"
+    if not path.is_file():
+        _encode_all(codec, source, path, mirrored)
+    raw_NCHW = np.load(path, mmap_mode="r", allow_pickle=False)
+    if codec.scale is None:
+        codec.measure(raw_NCHW)
+    return Latents(source, raw_NCHW, codec)
+
+
+def _encode_all(codec: Codec, source: Any, path: Path, mirrored: bool) -> None:
+    """Write the latents of every picture, then those of the mirrored ones: (N, C, H, W) float16."""
+    count = len(source)
+    with disk_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(prefix=".", suffix=".npy", dir=path.parent)
+        os.close(handle)
+        try:
+            rows = None
+            for copy in range(1 + mirrored):
+                for start in range(0, count, BATCH):
+                    images = to_float(source.read(range(start, min(count, start + BATCH))).images)
+                    raw = codec.raw(images.flip(-1) if copy else images).cpu().numpy().astype(np.float16)
+                    if rows is None:
+                        shape = (count * (1 + mirrored), *raw.shape[1:])
+                        rows = np.lib.format.open_memmap(aside, "w+", np.float16, shape)
+                    rows[copy * count + start : copy * count + start + len(raw)] = raw
+            if rows is not None:
+                rows.flush()
+            os.replace(aside, path)
+        finally:
+            Path(aside).unlink(missing_ok=True)

@@ -1,0 +1,177 @@
+"""What a family learns from: pictures or a codec's latents, with captions as the family reads them, and other models.
+
+A family sees batches and knows nothing of where they come from. `begin` builds it and puts the two sources in front of
+it: `Latents` where the recipe names a codec (`imagekiln.engine.codec`), `Told` where the family reads text.
+
+Shapes: N pictures, B of them in a batch; X a row of text as the family takes it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imagekiln.config import DataConfig, Recipe
+from imagekiln.core import UNLABELLED, Batch, Family, Source, mix
+from imagekiln.data import Dataset
+from imagekiln.data.captions import varied
+from imagekiln.engine import recipe as recipes
+from imagekiln.engine.codec import Latents, latents
+from imagekiln.engine.generate import Wish, read
+from imagekiln.engine.models import named_codec, open_model
+from imagekiln.engine.run import Run
+from imagekiln.errors import RecipeError, UsageError
+
+
+class Begun(NamedTuple):
+    """A family with freshly initialised networks, and the two sources it learns from."""
+
+    family: Family
+    train: Source
+    held_out: Source
+
+
+def begin(recipe: Recipe, dataset: Dataset, run: Run | None = None) -> Begun:
+    """What a training starts with, a function of (recipe, data) alone.
+
+    run: an earlier start of the same run, which keeps its own copy of the codec.
+
+    Raises:
+        RecipeError: family, pictures and recipe do not fit. UsageError: another run that the recipe names is not there,
+        or a family that reads text finds neither captions nor classes.
+    """
+    codec = named_codec(recipe.data, dataset, run)
+    train: Any = dataset.train
+    held_out: Any = dataset.validation
+    if codec is not None:  # the training set's come first: its scales are those of both
+        train, held_out = latents(codec, train, recipe.data.flip), latents(codec, held_out)
+    torch.manual_seed(mix(recipe.train.seed, "initialisation"))
+    family = recipes.build(recipe, train.image_shape, train.num_classes)
+    family.codec = codec
+    for field in family.companions:
+        if path := getattr(recipe.family, field):
+            family.companion[field] = _companion(field, path)
+    captions = captions_of(train)
+    family.study(captions or [])
+    if family.read([""]) is None:
+        return Begun(family, train, held_out)
+    if captions is None:
+        raise UsageError(
+            f"A {recipe.family.name} model learns from captions, and {recipe.data.path} has neither captions nor "
+            "classes. Add a metadata.csv with the columns file_name and text, or one folder a class."
+        )
+    return Begun(family, *(Told(source, family, recipe.data) for source in (train, held_out)))
+
+
+def _companion(field: str, path: str) -> Family:
+    try:
+        return open_model(Run.open(path)).family
+    except UsageError as error:
+        raise RecipeError(f"family.{field}: {error}") from None
+
+
+def pictures_of(source: Any) -> Any:
+    """The source of the pictures themselves, where `source` gives latents or adds text."""
+    source = source.source if isinstance(source, Told) else source
+    return source.pictures if isinstance(source, Latents) else source
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+
+def captions_of(source: Any) -> list[str] | None:
+    """What is said about every picture: its caption, else the name of its class, else ""; None for a set without."""
+    told, labels = getattr(source, "captions", None), getattr(source, "labels_N", None)
+    if told is None and labels is None:
+        return None
+    captions = list(told) if told is not None else [""] * len(source)
+    if labels is None:
+        return captions
+    names = source.class_names
+    return [
+        caption or ("" if label == UNLABELLED else names[label])
+        for caption, label in zip(captions, labels.tolist(), strict=True)
+    ]
+
+
+class Told:
+    """A source whose batches hold captions as a family reads them; equal captions are read once."""
+
+    def __init__(self, source: Any, family: Family, data: DataConfig) -> None:
+        self.source, self.family, self.data = source, family, data
+        self.image_shape, self.num_classes = source.image_shape, source.num_classes
+        self.class_names, self.fingerprint = source.class_names, source.fingerprint
+        self.labels_N = getattr(source, "labels_N", None)
+        self.captions: Sequence[str] = captions_of(source) or [""] * len(source)
+        places: dict[str, int] = {}
+        self._row_N = np.array([places.setdefault(caption, len(places)) for caption in self.captions], np.int64)
+        self._text_UX = read(family, list(places))
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, indices: Sequence[int]) -> Batch:
+        """The pictures at these indices with their captions as they stand."""
+        chosen = torch.from_numpy(self._row_N[np.asarray(indices, np.int64)])
+        return self.source.read(indices)._replace(text=self._text_UX[chosen])
+
+    def text(self, indices: Sequence[int], seed: int, position: int) -> Tensor:
+        """Captions of a batch that starts at `position` of a run: tags left out and in another order, as told."""
+        data = self.data
+        if not data.tag_dropout and not data.tag_shuffle:
+            return self._text_UX[torch.from_numpy(self._row_N[np.asarray(indices, np.int64)])]
+        captions = [
+            varied(
+                self.captions[index],
+                seed,
+                position + place,
+                dropout=data.tag_dropout,
+                shuffle=data.tag_shuffle,
+                keep=data.tags_kept,
+            )
+            for place, index in enumerate(indices)
+        ]
+        return read(self.family, captions)
+
+
+def wishes(source: Any, rows: Sequence[int]) -> list[Wish]:
+    """What to ask for to get pictures such as those in these rows of a source that a family learns from."""
+    if isinstance(source, Told):
+        return [source.captions[row] for row in rows]
+    labels = getattr(source, "labels_N", None)
+    return [UNLABELLED] * len(rows) if labels is None else [int(labels[row]) for row in rows]
+
+
+def examples(family: Family, source: Any, count: int = 16) -> list[str]:
+    """Captions that show what a model can be asked for; none for a family that reads no text."""
+    return [wish for wish in in_words(family, source, [UNLABELLED] * count) if isinstance(wish, str)]
+
+
+def in_words(family: Family, source: Any, labels: Sequence[int]) -> list[Wish]:
+    """The same wishes as a family takes them: one that reads text is given captions of pictures with these labels.
+
+    source: whose captions these are; the k-th wish for a label is the k-th different caption of that label, and again
+    the first when there are no more. A label of -1 stands for any picture.
+    """
+    captions = captions_of(source)
+    if captions is None or family.read([""]) is None:
+        return list(labels)
+    known = getattr(source, "labels_N", None)
+    numbers = [UNLABELLED] * len(captions) if known is None else known.tolist()
+    told: dict[int, dict[str, None]] = {UNLABELLED: {}}
+    for caption, label in zip(captions, numbers, strict=True):
+        if caption:
+            told[UNLABELLED][caption] = None
+            told.setdefault(label, {})[caption] = None
+    choices, asked = {label: list(some) for label, some in told.items()}, Counter[int]()
+    wanted: list[Wish] = []
+    for label in labels:
+        some = choices.get(label) or [""]
+        wanted.append(some[asked[label] % len(some)])
+        asked[label] += 1
+    return wanted

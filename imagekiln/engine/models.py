@@ -1,0 +1,180 @@
+"""Trained models as files: weights with their recipe inside, opened with everything that drawing needs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+
+from imagekiln.config import DataConfig, Recipe
+from imagekiln.core import Family, Source
+from imagekiln.data import Dataset
+from imagekiln.engine import device as devices
+from imagekiln.engine import recipe as recipes
+from imagekiln.engine.codec import Codec, Coder
+from imagekiln.engine.generate import Wish
+from imagekiln.engine.run import Run, write_whole
+from imagekiln.errors import RecipeError, UsageError, did_you_mean
+
+
+@dataclass
+class Model:
+    """A trained family, ready to draw."""
+
+    family: Family
+    recipe: Recipe
+    class_names: tuple[str, ...]
+    weights: Path
+    device: torch.device
+    prompts: tuple[str, ...] = ()
+    """A few captions of held-out pictures; empty for a model that reads no text."""
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """The autocast context the model was trained in, as far as this device has it."""
+        dtype = devices.autocast_dtype(self.recipe.train.precision, self.device)
+        return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+
+    def label(self, name: str) -> int:
+        """The number of a class given by name or number.
+
+        Raises:
+            UsageError: the model knows no classes, or not this one.
+        """
+        if not self.class_names:
+            raise UsageError(f"--label {name!r}: this model was trained without labels. Leave --label out.")
+        if name in self.class_names:
+            return self.class_names.index(name)
+        if name.isdecimal() and int(name) < len(self.class_names):
+            return int(name)
+        raise UsageError(f"--label {name!r}: no such class. {did_you_mean(name, self.class_names)}")
+
+    def wishes(self, count: int, label: str | None = None, prompts: Sequence[str] = ()) -> list[Wish]:
+        """What `count` pictures should show: one class, or the prompts in turn; without either all classes in turn, or
+        captions of the pictures that were held out.
+
+        Raises:
+            UsageError: the model knows no such class, or reads no text.
+        """
+        reads = self.family.read([""]) is not None
+        if prompts and not reads:
+            raise UsageError(f"--prompt {prompts[0]!r}: this model reads no text. Leave --prompt out.")
+        if prompts and label is not None:
+            raise UsageError("--label and --prompt say the same thing twice. Give one of them.")
+        if not reads:
+            classes = max(1, self.family.num_classes)
+            return [self.label(label)] * count if label is not None else [index % classes for index in range(count)]
+        if label is not None:
+            prompts = [self.class_names[self.label(label)]]
+        prompts = prompts or self.prompts or [""]
+        return [prompts[index % len(prompts)] for index in range(count)]
+
+
+def save_weights(path: Path, family: Family, recipe: Recipe, source: Source, prompts: Sequence[str] = ()) -> None:
+    """Write the averaged modules with everything needed to use them in the file's own metadata."""
+    prefixes = tuple(f"{name}." for name in family.averaged)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in family.state_dict().items() if k.startswith(prefixes)}
+    metadata = {
+        "format": "imagekiln",
+        "recipe": json.dumps(recipe.model_dump(mode="json")),
+        "image_shape": json.dumps(list(family.image_shape)),
+        "class_names": json.dumps(list(source.class_names)),
+        "num_classes": str(family.num_classes),
+        "prompts": json.dumps(list(prompts)),
+    }
+    write_whole(path, to_bytes(tensors, metadata))
+
+
+def load_model(path: Path, device: str = "auto") -> Model:
+    """A model from a weights file.
+
+    Raises:
+        UsageError: the file is not one of ours, or its family is not here.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+        recipe = recipes.complete(json.loads(metadata["recipe"]))
+        shape = json.loads(metadata["image_shape"])
+        family = recipes.build(recipe, tuple(shape), int(metadata["num_classes"]))
+        missing = family.load_state_dict(tensors, strict=False)
+        if missing.unexpected_keys:
+            raise KeyError(missing.unexpected_keys[0])
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise UsageError(f"{path} is not a weights file of this version of imagekiln ({error}).") from error
+    chosen = devices.choose(device)
+    family = devices.place(family, chosen).eval().requires_grad_(False)
+    if recipe.data.codec:
+        family.codec = codec_of(Run.of_weights(path))
+        if family.codec is None:
+            raise UsageError(f"{path} draws latents, and the codec that should lie beside its folder is missing.")
+    prompts = tuple(json.loads(metadata.get("prompts", "[]")))
+    return Model(family, recipe, tuple(json.loads(metadata["class_names"])), path, chosen, prompts)
+
+
+def open_model(run: Run, nimg: int | None = None, average: str | None = None, device: str = "auto") -> Model:
+    """The model of a run: its best moment and first average unless told otherwise."""
+    return load_model(run.weights(nimg, average), device)
+
+
+# -- codecs -----------------------------------------------------------------------------------------------------------
+
+
+def named_codec(data: DataConfig, dataset: Dataset, run: Run | None = None) -> Codec | None:
+    """The codec that a recipe's data section names; the run's own copy where it has one; None where there is none.
+
+    Raises:
+        UsageError: it is not there, is no autoencoder, or was made for other pictures.
+    """
+    if not data.codec:
+        return None
+    if data.augment.changes:
+        raise RecipeError(
+            "data.augment changes pictures anew every time, and data.codec encodes each picture once. "
+            "Use data.flip, which also works on latents, or leave data.augment out."
+        )
+    codec = codec_of(run) if run is not None else None
+    codec = codec or _open_codec(data.codec)
+    if dataset.train.image_shape != codec.image_shape:
+        raise UsageError(
+            f"data.codec = {data.codec!r} encodes pictures of {codec.image_shape} and {data.path} holds "
+            f"{dataset.train.image_shape} (channels, height, width). Prepare pictures of that shape, or train another "
+            "autoencoder."
+        )
+    return codec
+
+
+def _open_codec(path: str) -> Codec:
+    weights = Path(path).expanduser()
+    if weights.suffix != ".safetensors":
+        try:
+            weights = Run.open(weights).weights()
+        except UsageError as error:
+            raise UsageError(f"data.codec: {error}") from None
+    return _load_codec(weights, f"data.codec = {path!r}")
+
+
+def _load_codec(weights: Path, where: str) -> Codec:
+    model = load_model(weights)
+    if not isinstance(model.family, Coder):
+        raise UsageError(
+            f"{where} holds a {model.family.config.name}, which cannot encode pictures. Train an autoencoder first."
+        )
+    return Codec(model, weights.read_bytes())
+
+
+def codec_of(run: Run) -> Codec | None:
+    """The codec that a run keeps, or None."""
+    if not run.codec_path.is_file() or not run.codec_scales_path.is_file():
+        return None
+    codec = _load_codec(run.codec_path, str(run.codec_path))
+    scales = json.loads(run.codec_scales_path.read_text(encoding="utf-8"))
+    codec.shift, codec.scale = float(scales["shift"]), float(scales["scale"])
+    return codec

@@ -1,0 +1,156 @@
+"""Stable Diffusion: words to pictures, by a text encoder and a denoiser that are trained together.
+
+Latent diffusion (Rombach et al. 2022, arXiv:2112.10752) with the transformer and the flow of Stable Diffusion 3 (Esser
+et al. 2024, arXiv:2403.03206) or a U-Net. With `data.codec` it works on an autoencoder's latents, without one on
+pixels. Captions are hidden at random in training, so that classifier-free guidance (Ho & Salimans 2022,
+arXiv:2207.12598) is possible; a picture without a caption has the empty one, and what guidance turns away from is the
+empty caption or a negative prompt. Guidance above 1 overdrives contrast; `guidance_rescale` takes that back (Lin et
+al. 2024, arXiv:2305.08891, eq. 15-16).
+
+Shapes: B pictures, C channels, H rows, W columns, L tokens a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from imagekiln.config import FamilyConfig, Fraction, Section
+from imagekiln.core import Batch, Condition, Family, HeldOut, Loss, Phase, Progress
+from imagekiln.diffusion import densities, guidance, paths, samplers
+from imagekiln.nets.clip_text import BYTES, MARKS, TextEncoder
+from imagekiln.nets.conditioned import denoiser
+
+HELD_OUT_LEVELS = 8
+"""Noise levels of the held-out loss."""
+
+
+class Options(Section):
+    """How pictures are drawn."""
+
+    sampler: Literal["dpmpp_2m", "heun", "euler", "ddim"] = "dpmpp_2m"
+    steps: int = Field(18, ge=1, le=1000)
+    guidance: float = Field(3.0, ge=0, le=20, description="1 = none; larger follows the words more closely")
+    guidance_low: float = Field(0.0, ge=0, description="guide only where the noise level is above this")
+    guidance_high: float = Field(1e9, gt=0, description="and not above this")
+    guidance_rescale: Fraction = Field(0.0, description="how much of the contrast that guidance adds is taken back")
+    negative_prompt: str = Field("", description="what the pictures should not show")
+
+
+class TextConfig(Section):
+    """The text encoder, trained from nothing."""
+
+    width: int = Field(256, ge=32, description="numbers a token; multiples of 64 above that")
+    layers: int = Field(3, ge=2, le=24)
+    context: int = Field(24, ge=4, le=1024, description="tokens a caption; longer ones are cut")
+    vocabulary: int = Field(2048, ge=BYTES + MARKS, le=65536, description="tokens; any script can be written with 514")
+
+
+class StableDiffusionConfig(FamilyConfig):
+    """Settings of the Stable Diffusion family."""
+
+    name: str = "stable_diffusion"
+    denoiser: Literal["sd3", "unet"] = Field("sd3", description="transformer over patches of 2x2, or U-Net")
+    depth: int = Field(4, ge=1, le=38, description="layers and heads of 64 numbers (sd3)")
+    widths: tuple[int, ...] = Field((64, 128, 256), min_length=1, description="channels by level (unet)")
+    path: Literal["rf", "vp"] = "rf"
+    target: Literal["v", "x", "eps"] = "v"
+    density_mean: float = Field(0.0, description="mean of ln sigma in training")
+    density_std: float = Field(1.0, gt=0, description="standard deviation of ln sigma in training")
+    text: TextConfig = TextConfig()
+    text_dropout: Fraction = Field(0.1, description="share of captions hidden in training")
+    sample: Options = Options()
+
+
+class StableDiffusion(Family):
+    """A text encoder and a denoiser on a path from pictures or latents to noise."""
+
+    Config = StableDiffusionConfig
+    optimizers = {"denoiser-text": {"name": "adamw", "lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.01}}
+    check_settings = {
+        "depth": 1,
+        "text": {"width": 32, "layers": 2, "context": 8, "vocabulary": 520},
+        "sample": {"steps": 4},
+    }
+    monitor = "denoise"
+    phases = (Phase("denoise", trains=("denoiser", "text")),)
+    averaged = ("denoiser", "text")
+
+    def __init__(self, config: StableDiffusionConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__(config, image_shape, num_classes)
+        self.path = paths.path(config.path)
+        text = config.text
+        self.text = TextEncoder(text.width, text.layers, text.context, text.vocabulary)
+        self.denoiser = denoiser(config.denoiser, image_shape, config.depth, config.widths, text.width)
+
+    def study(self, captions: Sequence[str]) -> None:
+        """The vocabulary is that of the training set's captions."""
+        self.text.study(captions)
+
+    def read(self, captions: Sequence[str]) -> Tensor:
+        """tokens_BL int64 on the CPU."""
+        return self.text.read(captions)
+
+    def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
+        x, config = batch.images, self.config
+        spread = densities.stratified(torch.rand((), device=x.device), len(x))
+        sigma_B = densities.log_normal(spread, config.density_mean, config.density_std)
+        tokens_BL = self._tokens(batch.text, len(x))
+        if self.training:
+            hidden_B1 = torch.rand(len(x), 1, device=x.device) < config.text_dropout
+            tokens_BL = torch.where(hidden_B1, self._tokens(None, len(x)), tokens_BL)
+        return Loss(self._error(x, sigma_B, tokens_BL).mean())
+
+    @torch.no_grad()
+    def held_out(self, batch: Batch, progress: Progress) -> Mapping[str, HeldOut]:
+        """The loss of each picture at one of `HELD_OUT_LEVELS` noise levels, which divide the density evenly."""
+        x, config = batch.images, self.config
+        place_B = (torch.arange(len(x), device=x.device) % HELD_OUT_LEVELS + 0.5) / HELD_OUT_LEVELS
+        sigma_B = densities.log_normal(place_B, config.density_mean, config.density_std)
+        error = self._error(x, sigma_B, self._tokens(batch.text, len(x)))
+        return {"denoise": HeldOut(error.flatten(1).mean(1), sigma_B)}
+
+    def drawing_cost(self) -> float:
+        sample = self.config.sample
+        return sample.steps * (2 if sample.sampler == "heun" else 1) * (2 if sample.guidance != 1 else 1) / 3
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor, condition: Condition, options: Options | None = None) -> Tensor:
+        options = options or self.config.sample
+        denoise = self._denoiser(self._tokens(condition.text, len(noise)))
+        if options.guidance != 1:
+            negative = self.read([options.negative_prompt]).to(noise.device).expand(len(noise), -1)
+            interval = (options.guidance_low, options.guidance_high)
+            weaker = self._denoiser(negative)
+            denoise = guidance.guide(denoise, weaker, options.guidance, interval, options.guidance_rescale)
+        return samplers.sampler(options.sampler)(denoise, noise, samplers.sigmas(options.steps), self.path)
+
+    def noise_shape(self) -> tuple[int, ...]:
+        return self.image_shape
+
+    def _error(self, x: Tensor, sigma_B: Tensor, tokens_BL: Tensor) -> Tensor:
+        """Squared error of what the network answers to x with this much noise, of the shape of x."""
+        eps = torch.randn_like(x)
+        z = self.path.diffuse(x, eps, sigma_B)
+        output = self.denoiser(z, self.path.time(sigma_B), self.text(tokens_BL))
+        return (output.float() - self.path.target(self.config.target, x, eps, sigma_B)).square()
+
+    def _denoiser(self, tokens_BL: Tensor) -> samplers.Denoiser:
+        told = self.text(tokens_BL)
+
+        def denoise(z: Tensor, sigma_B: Tensor) -> Tensor:
+            output = self.denoiser(z, self.path.time(sigma_B), told).float()
+            return self.path.to_x(self.config.target, output, z, sigma_B)
+
+        return denoise
+
+    def _tokens(self, text: Tensor | None, count: int) -> Tensor:
+        """The tokens of these captions, of the empty one where there are none."""
+        if text is not None:
+            return text
+        where = self.text.merges_M2.device
+        return self.read([""]).to(where).expand(count, -1)

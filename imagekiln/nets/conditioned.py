@@ -1,0 +1,156 @@
+"""Denoisers that read text, of the shapes that diffusers and ComfyUI know, built from few settings.
+
+"sd3" is `SD3Transformer2DModel` (Esser et al. 2024, arXiv:2403.03206) of depth d with d heads of 64 numbers: pictures
+and words are tokens of one transformer. "unet" is `UNet2DConditionModel` (Rombach et al. 2022, arXiv:2112.10752), a
+U-Net whose coarser levels look at the words. Both are the classes of diffusers, so their weights need no conversion.
+
+Shapes: B pictures, C channels, H rows, W columns, L tokens a text, D numbers a token, P numbers of a whole text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imagekiln.errors import RecipeError, UsageError
+from imagekiln.nets.clip_text import Encoded
+from imagekiln.nets.layers import attention
+
+HEAD = 64
+SECOND = 8
+"""Width that an empty second text encoder has, which the pipeline of Stable Diffusion 3 expects; see `Transformer`."""
+
+
+def diffusers() -> Any:
+    """The library. Raises `UsageError` when it is not there."""
+    try:
+        import diffusers
+    except (ImportError, RuntimeError) as error:
+        raise UsageError(
+            f"This family needs diffusers, which is not usable here ({error}). pip install 'imagekiln[sd]'."
+        ) from error
+    return diffusers
+
+
+class Transformer(nn.Module):
+    """`SD3Transformer2DModel` behind one text encoder.
+
+    Words are the encoder's state before its last layer, and the whole text its pooled answer, as in Stable Diffusion 3;
+    both are filled up with zeros where the network expects the second encoder of that model.
+
+    depth: layers, heads, and width over 64. text_width: numbers a token of the encoder.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], depth: int, text_width: int) -> None:
+        super().__init__()
+        channels, rows, columns = shape
+        if rows != columns or rows % 2:
+            raise RecipeError(
+                f"family.denoiser = 'sd3': it takes square pictures or latents of an even size, not {rows}x{columns}."
+            )
+        self.net = diffusers().SD3Transformer2DModel(
+            sample_size=rows,
+            patch_size=2,
+            in_channels=channels,
+            out_channels=channels,
+            num_layers=depth,
+            num_attention_heads=depth,
+            attention_head_dim=HEAD,
+            caption_projection_dim=HEAD * depth,
+            joint_attention_dim=text_width + SECOND,
+            pooled_projection_dim=text_width + SECOND,
+            pos_embed_max_size=rows // 2,
+        )
+        self.net.set_attn_processor(_JointAttention())
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """As in DiT (Peebles & Xie 2023, arXiv:2212.09748, section 3.2): every block begins as the identity, because
+        the scales of its normalisations and its gates are zero, and the answer begins at zero."""
+        for name, module in self.net.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+                if ".norm" in f".{name}" or name == "proj_out":
+                    nn.init.zeros_(module.weight)
+        for module in (self.net.time_text_embed.timestep_embedder, self.net.time_text_embed.text_embedder):
+            nn.init.normal_(module.linear_1.weight, std=0.02)
+            nn.init.normal_(module.linear_2.weight, std=0.02)
+
+    def forward(self, z_BCHW: Tensor, time_B: Tensor, text: Encoded) -> Tensor:
+        """What the network answers, of the shape of z. time_B: in [0, 1000]."""
+        words = nn.functional.pad(text.before_BLW, (0, SECOND))
+        whole = nn.functional.pad(text.pooled_BP, (0, SECOND))
+        said = self.net(z_BCHW, encoder_hidden_states=words, pooled_projections=whole, timestep=time_B)
+        answer: Tensor = said.sample
+        return answer
+
+
+class _JointAttention:
+    """What diffusers' `JointAttnProcessor2_0` computes for blocks without normalised keys, faster on the CPU."""
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: None = None
+    ) -> Any:
+        def heads(x_BLD: Tensor) -> Tensor:
+            return x_BLD.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        parts = [[heads(layer(hidden_states)) for layer in (attn.to_q, attn.to_k, attn.to_v)]]
+        if encoder_hidden_states is not None:
+            layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            parts.append([heads(layer(encoder_hidden_states)) for layer in layers])
+        q, k, v = (torch.cat(each, dim=2) for each in zip(*parts, strict=True))
+        seen_BLD = attention(q, k, v).transpose(1, 2).flatten(2)
+        pixels_BLD, words_BLD = seen_BLD.split([hidden_states.shape[1], seen_BLD.shape[1] - hidden_states.shape[1]], 1)
+        answer = attn.to_out[0](pixels_BLD)
+        if encoder_hidden_states is None:
+            return answer
+        return answer, words_BLD if attn.context_pre_only else attn.to_add_out(words_BLD)
+
+
+class ConditionedUnet(nn.Module):
+    """`UNet2DConditionModel`; the finest level does not look at the words.
+
+    widths: channels by level, fine to coarse.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], widths: Sequence[int], text_width: int) -> None:
+        super().__init__()
+        channels, rows, columns = shape
+        halvings = 2 ** (len(widths) - 1)
+        if rows % halvings or columns % halvings or any(width % 32 for width in widths):
+            raise RecipeError(
+                f"family.widths = {list(widths)}: expected multiples of 32, and {rows}x{columns} to be divisible by "
+                f"{halvings}."
+            )
+        looking = [level > 0 for level in range(len(widths))]
+        self.net = diffusers().UNet2DConditionModel(
+            sample_size=rows,
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=tuple(widths),
+            down_block_types=tuple("CrossAttnDownBlock2D" if look else "DownBlock2D" for look in looking),
+            up_block_types=tuple("CrossAttnUpBlock2D" if look else "UpBlock2D" for look in reversed(looking)),
+            layers_per_block=1,
+            cross_attention_dim=text_width,
+            attention_head_dim=8,  # heads, by an old mistake in this class
+        )
+
+    def forward(self, z_BCHW: Tensor, time_B: Tensor, text: Encoded) -> Tensor:
+        """What the network answers, of the shape of z. time_B: in [0, 1000]."""
+        answer: Tensor = self.net(z_BCHW, time_B, encoder_hidden_states=text.last_BLW).sample
+        return answer
+
+
+def denoiser(kind: str, shape: tuple[int, int, int], depth: int, widths: Sequence[int], text_width: int) -> nn.Module:
+    """A denoiser for pictures or latents of this shape (channels, rows, columns).
+
+    >>> net = denoiser("sd3", (4, 8, 8), depth=1, widths=(), text_width=32)
+    >>> text = Encoded(torch.zeros(2, 5, 32), torch.zeros(2, 5, 32), torch.zeros(2, 32))
+    >>> net(torch.zeros(2, 4, 8, 8), torch.tensor([10.0, 900.0]), text).shape
+    torch.Size([2, 4, 8, 8])
+    """
+    return Transformer(shape, depth, text_width) if kind == "sd3" else ConditionedUnet(shape, widths, text_width)

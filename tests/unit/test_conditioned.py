@@ -1,0 +1,99 @@
+"""Denoisers that read text: diffusers' classes, what they start from, and the faster attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from imagekiln.errors import RecipeError
+from imagekiln.nets.clip_text import Encoded
+from imagekiln.nets.conditioned import HEAD, SECOND, denoiser
+
+pytest.importorskip("diffusers")
+
+WIDTH = 32
+
+
+def text(seed: int = 0, count: int = 2) -> Encoded:
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randn(count, 5, WIDTH, generator=generator)
+    return Encoded(words, words * 2, torch.randn(count, WIDTH, generator=generator))
+
+
+def made(kind: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    net = denoiser(kind, (4, 8, 8), depth=2, widths=(32, 64), text_width=WIDTH).eval()
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return net
+
+
+@pytest.mark.parametrize("kind", ["sd3", "unet"])
+def test_words_and_time_change_the_answer_and_nothing_crosses_the_batch(kind: str):
+    net, z = made(kind), torch.randn(2, 4, 8, 8)
+    time_B = torch.tensor([100.0, 900.0])
+    with torch.no_grad():
+        answer = net(z, time_B, text())
+        assert answer.shape == z.shape and answer.dtype == torch.float32
+        assert not torch.allclose(answer, net(z, time_B, text(1)), atol=1e-3)
+        assert not torch.allclose(answer, net(z, time_B.flip(0), text()), atol=1e-3)
+        alone = net(z[1:], time_B[1:], Encoded(*(part[1:] for part in text())))
+    assert torch.allclose(alone, answer[1:], atol=1e-5)
+
+
+def test_the_faster_attention_is_the_stock_one():
+    from diffusers.models.attention_processor import JointAttnProcessor2_0
+
+    net, z, time_B = made("sd3"), torch.randn(2, 4, 8, 8), torch.tensor([100.0, 900.0])
+    ours = net(z, time_B, text())
+    ours.square().sum().backward()
+    slopes = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    net.net.set_attn_processor(JointAttnProcessor2_0())
+    theirs = net(z, time_B, text())
+    theirs.square().sum().backward()
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    for name, parameter in net.named_parameters():
+        if parameter.grad is not None:
+            assert torch.allclose(slopes[name], parameter.grad, rtol=1e-3, atol=1e-4), name
+
+
+def test_blocks_begin_as_the_identity():
+    """Zero gates: the first answer is zero, and every block passes its tokens on."""
+    torch.manual_seed(0)
+    net = denoiser("sd3", (4, 8, 8), depth=2, widths=(), text_width=WIDTH).eval()
+    with torch.no_grad():
+        assert float(net(torch.randn(2, 4, 8, 8), torch.tensor([1.0, 999.0]), text()).abs().max()) == 0
+        block = net.net.transformer_blocks[0]
+        tokens, words, temb = torch.randn(2, 16, 2 * HEAD), torch.randn(2, 5, 2 * HEAD), torch.randn(2, 2 * HEAD)
+        after_words, after = block(hidden_states=tokens, encoder_hidden_states=words, temb=temb)
+    assert torch.equal(after, tokens) and torch.equal(after_words, words)
+
+
+def test_shapes_are_those_of_stable_diffusion_3():
+    """Parameters by hand: patches, positions, time, text, words, blocks, output."""
+    depth, width, channels = 2, 2 * HEAD, 4
+    net = denoiser("sd3", (channels, 8, 8), depth=depth, widths=(), text_width=WIDTH)
+    patches = 4 * channels * width + width
+    time_text = 256 * width + width + width * width + width
+    time_text += (WIDTH + SECOND) * width + width + width * width + width
+    words = (WIDTH + SECOND) * width + width
+
+    def block(last: bool) -> int:
+        modulation = 6 * width * (width + 1) + (2 if last else 6) * width * (width + 1)
+        joint = 8 * width * (width + 1) - (width * (width + 1) if last else 0)
+        forward = 8 * width * width + 5 * width
+        return modulation + joint + forward * (1 if last else 2)
+
+    out = 2 * width * (width + 1) + width * 4 * channels + 4 * channels
+    total = patches + time_text + words + block(False) + block(True) + out
+    assert sum(parameter.numel() for parameter in net.parameters()) == total
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    with pytest.raises(RecipeError, match="even size"):
+        denoiser("sd3", (4, 7, 7), depth=1, widths=(), text_width=WIDTH)
+    with pytest.raises(RecipeError, match="divisible by 4"):
+        denoiser("unet", (4, 6, 6), depth=1, widths=(32, 32, 64), text_width=WIDTH)
+    with pytest.raises(RecipeError, match="multiples of 32"):
+        denoiser("unet", (4, 8, 8), depth=1, widths=(20,), text_width=WIDTH)

@@ -1,0 +1,226 @@
+"""What a family learns from: latents of a codec, captions as it reads them, and what goes with a run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import folding
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import imagekiln
+from imagekiln.config import Recipe
+from imagekiln.data import Dataset, load, to_float
+from imagekiln.engine import augment, inputs, models, recipe
+from imagekiln.engine.generate import asked_for, draw
+from imagekiln.engine.run import Run
+from imagekiln.errors import RecipeError, UsageError
+
+FOLDING = folding.__file__
+NAMES = ("red", "green", "blue")
+BLIND = {"widths": [32], "attention": [False]}
+TINY = {"depth": 1, "text": {"width": 32, "layers": 2, "context": 8, "vocabulary": 520}, "sample": {"steps": 2}}
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Small pictures of one colour each, with captions of tags."""
+    monkeypatch.setenv("IMAGEKILN_CACHE", str(tmp_path / "cache"))
+    root, rng = tmp_path / "photos", np.random.default_rng(0)
+    root.mkdir()
+    rows = ["file_name,text"]
+    for index in range(96):
+        pixels = rng.integers(0, 90, (8, 8, 3))
+        pixels[..., index % 3] += 150
+        Image.fromarray(pixels.astype(np.uint8)).save(root / f"{index:02d}.png")
+        rows.append(f'{index:02d}.png,"{NAMES[index % 3]}, tag{index}, other"')
+    (root / "metadata.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+@pytest.fixture
+def coder(photos: Path, tmp_path: Path) -> Path:
+    """The run of an autoencoder."""
+    settings = {"train": {"total_kimg": 0.008, "batch": 8, "doctor": "off"}}
+    return imagekiln.train(FOLDING, data=photos, out=tmp_path / "coder", settings=settings).path
+
+
+def made(photos: Path, name: str = "stable_diffusion", **sections: dict) -> Recipe:
+    train = {"total_kimg": 0.032, "batch": 8, "doctor": "off", "precision": "fp32"}
+    sections = {"train": train, "data": {"path": str(photos)}, "family": TINY} | sections
+    if "path" not in sections["data"]:
+        sections["data"]["path"] = str(photos)
+    return recipe.resolve(name, sections)
+
+
+def begun(wanted: Recipe) -> tuple[inputs.Begun, Dataset]:
+    dataset = load(wanted.data)
+    return inputs.begin(wanted, dataset), dataset
+
+
+# -- latents ----------------------------------------------------------------------------------------------------------
+
+
+def test_latents_have_mean_zero_and_deviation_one_and_give_the_pictures_back(photos: Path, coder: Path):
+    (family, train, held_out), dataset = begun(made(photos, data={"codec": str(coder)}))
+    assert train.image_shape == (12, 4, 4) == family.image_shape and family.picture_shape == (3, 8, 8)
+    everything = train.read(range(len(train))).images
+    assert everything.dtype == torch.float32
+    assert abs(float(everything.mean())) < 1e-3 and float(everything.std()) == pytest.approx(1, abs=1e-3)
+    for source, pictures in ((train, dataset.train), (held_out, dataset.validation)):
+        wanted = to_float(pictures.read(range(4)).images)
+        assert torch.allclose(family.codec.decode(source.read(range(4)).images), wanted, atol=2e-3)
+        assert inputs.pictures_of(source) is pictures
+    images = to_float(dataset.train.read([3]).images)
+    assert torch.allclose(family.codec.encode(images), train.read([3]).images, atol=2e-3)
+
+
+def test_mirrored_pictures_have_latents_of_their_own(photos: Path, coder: Path):
+    wanted = made(photos, data={"codec": str(coder), "flip": True})
+    (family, train, _), dataset = begun(wanted)
+    count = len(dataset.train)
+    assert len(train) == 2 * count
+    mirrored = family.codec.decode(train.read([count + 5]).images)
+    assert torch.allclose(mirrored, to_float(dataset.train.read([5]).images).flip(-1), atol=2e-3)
+    assert train.captions[count + 5] == train.captions[5]
+    loader = augment.loader(wanted.data, train, 0, 8, "cpu")
+    batch, indices = loader.batch(0), loader.order(0, 8).tolist()
+    assert torch.equal(batch.images, train.read(indices).images), "the loader mirrors no latents"
+
+
+def test_latents_are_made_once(photos: Path, coder: Path, tmp_path: Path):
+    wanted = made(photos, data={"codec": str(coder)})
+    first = begun(wanted)[0].train.read(range(8)).images
+    files = list((tmp_path / "cache" / "latents").glob("*.npy"))
+    assert len(files) == 2
+    times = [file.stat().st_mtime_ns for file in files]
+    assert torch.equal(begun(wanted)[0].train.read(range(8)).images, first)
+    assert [file.stat().st_mtime_ns for file in files] == times
+
+
+def test_a_run_keeps_its_codec(photos: Path, coder: Path, tmp_path: Path):
+    wanted, out = made(photos, data={"codec": str(coder)}), tmp_path / "run"
+    run = imagekiln.train(wanted, data=photos, out=out)
+    before = imagekiln.generate(run, n=3, out=tmp_path / "before").pictures
+    shutil.rmtree(coder)
+    after = imagekiln.generate(run, n=3, out=tmp_path / "after").pictures
+    assert [a.read_bytes() for a in before] == [b.read_bytes() for b in after]
+    with Image.open(after[0]) as picture:
+        assert picture.size == (8, 8)
+    longer = wanted.model_copy(update={"train": wanted.train.model_copy(update={"total_kimg": 0.048})})
+    assert imagekiln.train(longer, data=photos, out=out).status()["nimg"] == 48
+    shutil.rmtree(out / "codec")
+    with pytest.raises(UsageError, match="codec"):
+        imagekiln.generate(run, n=1, out=tmp_path / "none")
+
+
+def test_what_cannot_be_a_codec_is_refused(photos: Path, coder: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match=r"data\.codec: .*gone is not a run folder"):
+        begun(made(photos, data={"codec": str(tmp_path / "gone")}))
+    vae = imagekiln.train(
+        "vqvae", data=photos, out=tmp_path / "v", settings={"train": {"total_kimg": 0.008, "batch": 8}}
+    )
+    if not hasattr(models.open_model(vae).family, "encode"):
+        with pytest.raises(UsageError, match="cannot encode"):
+            begun(made(photos, data={"codec": str(vae.path)}))
+    with pytest.raises(UsageError, match=r"encodes pictures of \(3, 8, 8\)"):
+        begun(made(photos, data={"codec": str(coder), "size": 16}))
+    with pytest.raises(RecipeError, match=r"data\.augment"):
+        begun(made(photos, data={"codec": str(coder), "augment": {"rotate": 10}}))
+
+
+# -- captions ---------------------------------------------------------------------------------------------------------
+
+
+def test_batches_hold_captions_as_the_family_reads_them(photos: Path):
+    wanted = made(photos)
+    (family, train, held_out), dataset = begun(wanted)
+    batch = augment.loader(wanted.data, train, 0, 8, "cpu").batch(0)
+    indices = augment.loader(wanted.data, train, 0, 8, "cpu").order(0, 8).tolist()
+    assert torch.equal(batch.text, family.read([dataset.train.captions[index] for index in indices]))
+    assert torch.equal(held_out.read([0]).text, family.read([dataset.validation.captions[0]]))
+
+
+def test_tags_change_with_the_position_and_with_nothing_else(photos: Path):
+    wanted = made(photos, data={"tag_dropout": 0.5, "tag_shuffle": True})
+    (family, train, _), _ = begun(wanted)
+    loaders = [augment.loader(wanted.data, train, 7, size, "cpu") for size in (8, 4)]
+    whole = loaders[0].batch(8).text
+    assert torch.equal(whole, torch.cat([loaders[1].batch(8).text, loaders[1].batch(12).text]))
+    texts = [family.text.tokenizer().decode(row, skip_special_tokens=True) for row in whole]
+    assert all(text.split(",")[0].strip() in NAMES for text in texts), "the first part stays first"
+    later = augment.loader(wanted.data, train, 7, 8, "cpu").batch(8 + 10 * len(train)).text
+    assert not torch.equal(whole, later)
+
+
+def test_names_of_classes_are_captions_where_there_are_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("IMAGEKILN_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "classes"
+    for index in range(20):
+        folder = root / ("cat" if index % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (index, 100, 200)).save(folder / f"{index}.png")
+    (_, train, _), dataset = begun(made(root))
+    names = {"cat": 0, "dog": 1}
+    assert [names[caption] for caption in train.captions] == dataset.train.labels_N.tolist()
+
+
+def test_pictures_without_captions_are_refused_by_a_family_that_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("IMAGEKILN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "plain").mkdir()
+    for index in range(20):
+        Image.new("RGB", (8, 8), (index, 100, 200)).save(tmp_path / "plain" / f"{index}.png")
+    with pytest.raises(UsageError, match="neither captions nor classes"):
+        begun(made(tmp_path / "plain"))
+
+
+def test_wishes_in_words_take_the_captions_in_turn(photos: Path):
+    (family, train, _), dataset = begun(made(photos))
+    captions = list(dict.fromkeys(dataset.train.captions))
+    asked = inputs.in_words(family, train, [-1] * (len(captions) + 2))
+    assert asked == [*captions, *captions[:2]]
+    assert inputs.in_words(family, train, [5]) == [""], "nobody has this label"
+    blind = recipe.build(made(photos, "diffusion", family=BLIND), (3, 8, 8), 0)
+    assert inputs.in_words(blind, train, [-1, -1]) == [-1, -1]
+    assert inputs.examples(blind, train) == []
+
+
+def test_words_change_what_is_drawn_and_batches_do_not(photos: Path):
+    family = begun(made(photos))[0].family.eval()
+    torch.manual_seed(0)
+    for parameter in family.denoiser.parameters():  # the output layer starts at zero
+        torch.nn.init.normal_(parameter, std=0.2)
+    options = family.config.sample.model_copy(update={"guidance": 1.5})
+    red, blue = draw(family, [1], ["red"], options), draw(family, [1], ["blue"], options)
+    assert not torch.equal(red, blue)
+    both = draw(family, [1, 1], ["red", "blue"], options)
+    assert (both.int() - torch.cat([red, blue]).int()).abs().max() <= 1
+    unlike = options.model_copy(update={"negative_prompt": "blue"})
+    assert not torch.equal(draw(family, [1], ["red"], unlike), red)
+    assert torch.equal(draw(family, [1], [-1], options), draw(family, [1], [""], options))
+
+
+def test_prompts_are_refused_where_they_mean_nothing(photos: Path, tmp_path: Path):
+    blind = made(photos, "diffusion", family=BLIND)
+    run = imagekiln.train(blind, data=photos, out=tmp_path / "blind")
+    with pytest.raises(UsageError, match="reads no text"):
+        imagekiln.generate(run, n=1, out=tmp_path / "p", prompt="a cat")
+    with pytest.raises(UsageError, match="reads no text"):
+        asked_for(models.open_model(Run.open(run.path)).family, ["a cat"])
+
+
+def test_prompts_of_any_kind_are_drawn(photos: Path, tmp_path: Path):
+    wanted = made(photos, data={"validation_fraction": 0.5})
+    run = imagekiln.train(wanted, data=photos, out=tmp_path / "run")
+    model = models.open_model(run)
+    assert model.prompts and set(model.prompts) <= set(load(wanted.data).validation.captions)
+    drawn = imagekiln.generate(run, n=4, out=tmp_path / "p", prompt=["red", "一只猫 " * 2000, "", "\x00\n"])
+    assert len(drawn.pictures) == 4
+    assert model.wishes(3) == [model.prompts[index % len(model.prompts)] for index in range(3)]
+    with pytest.raises(UsageError, match="without labels"):
+        imagekiln.generate(run, n=1, out=tmp_path / "q", label="red")
+    rows = imagekiln.evaluate(run, n=20)
+    assert {"kernel", "frechet"} & {row.metric for row in rows}
