@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
-from imagekiln.engine.generate import open_model
-from imagekiln.engine.run import Run, disk_faults
+from imagekiln.engine.models import open_model
+from imagekiln.engine.run import Run, disk_faults, write_whole
 from imagekiln.errors import UsageError, did_you_mean
 
 
@@ -15,13 +16,13 @@ def names() -> list[str]:
     """The formats there are.
 
     >>> names()
-    ['diffusers', 'safetensors']
+    ['comfyui', 'diffusers', 'safetensors']
     """
     return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_"))
 
 
 def write(run: Run, to: str, out: Path) -> dict[str, Any]:
-    """Export a run's best weights; the receipt holds the largest difference after loading back.
+    """Export a run's best weights; the receipt, also in receipt.json, has the largest difference after loading back.
 
     Raises:
         UsageError: no such format, or this model does not fit it. DiskError: `out` cannot be written.
@@ -31,4 +32,6 @@ def write(run: Run, to: str, out: Path) -> dict[str, Any]:
     model = open_model(run, device="cpu")
     with disk_faults(out):
         out.mkdir(parents=True, exist_ok=True)
-    return importlib.import_module(f"imagekiln.exporters.{to}").write(model, out)
+    receipt: dict[str, Any] = importlib.import_module(f"imagekiln.exporters.{to}").write(model, out)
+    write_whole(out / "receipt.json", json.dumps(receipt, indent=2) + "\n")
+    return receipt

@@ -1,0 +1,73 @@
+"""The model card of an export, README.md: what the model is, what it learned from, how good it is, how to use it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from imagekiln.engine.evaluate import hash_of
+from imagekiln.engine.models import Model
+from imagekiln.engine.run import Run, disk_faults, write_whole
+
+PICTURE = "samples.png"
+
+
+def write_card(model: Model, out: Path, use: str, facts: Sequence[str], limits: Sequence[str]) -> None:
+    """Write README.md, and the newest preview of the run beside it where there is one.
+
+    use: how to load it, in Markdown. facts: what was checked. limits: sentences; those of every model are added.
+    """
+    run = Run.of_weights(model.weights)
+    meta, family = run.meta(), model.family
+    channels, rows, columns = family.picture_shape
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in family.named_children()}
+    told = [
+        f"- Family: {family.config.name}; pictures of {columns} x {rows} pixels, {channels} channels.",
+        f"- Parameters: {', '.join(f'{name} {count:,}' for name, count in counts.items() if count)}.",
+        f"- Trained with imagekiln {meta.get('version') or metadata.version('imagekiln')}; "
+        f"weights {model.weights.name}, sha256 {hash_of(model.weights)}.",
+        f"- Data: {meta.get('data_summary') or 'not recorded'}",
+        f"- Fingerprint of the data: {meta.get('data_fingerprint') or 'not recorded'}.",
+        *(f"- {fact}" for fact in facts),
+    ]
+    shown = _picture(run, out)
+    general = [
+        "It draws what its training pictures show and nothing else; nothing filters what it draws.",
+        "Whoever passes it on needs the right to pass on what it learned from.",
+    ]
+    parts = [
+        f"# {run.path.resolve().name}",
+        "\n".join(told),
+        *([f"![drawn by this model]({PICTURE})"] if shown else []),
+        f"## Use\n\n{use}",
+        f"## Measured\n\n{_measured(run)}",
+        "## Limits\n\n" + "\n".join(f"- {limit}" for limit in [*limits, *general]),
+    ]
+    write_whole(out / "README.md", "\n\n".join(parts) + "\n")
+
+
+def _picture(run: Run, out: Path) -> bool:
+    previews = run.samples()
+    if not previews:
+        return False
+    with disk_faults(out):
+        shutil.copyfile(previews[-1][1], out / PICTURE)
+    return True
+
+
+def _measured(run: Run) -> str:
+    """The newest number of every metric, as a table."""
+    newest = {}
+    for row in run.measurements():
+        if {"metric", "value", "n"} <= row.keys():
+            newest[row["metric"], (row.get("provenance") or {}).get("features", "")] = row
+    if not newest:
+        return "Nothing was measured. `imagekiln evaluate` measures a run."
+    lines = ["| metric | features | value | 95 % interval | pictures |", "|---|---|---|---|---|"]
+    for (metric, features), row in sorted(newest.items()):
+        low, high = row.get("low"), row.get("high")
+        interval = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
+        lines.append(f"| {metric} | {features} | {row['value']:.4g} | {interval} | {row['n']} |")
+    return "\n".join(lines)
