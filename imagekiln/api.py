@@ -123,6 +123,7 @@ def prepare(
     page = folder / "report.html"
     if report and not page.is_file():  # a set that was changed is a new folder, without the page of the old one
         prepared_page.write(prepared, page)
+    del prepared  # what a set of 100,000 pictures is told by twice would be felt
     return datasets.load(DataConfig(path=str(folder)))
 
 
@@ -212,7 +213,7 @@ def dry_run(
     where = device.choose(wanted.train.device)
     dataset = datasets.load(wanted.data, progress=progress)
     notices = [*dataset.notices, *recipes.remarks(wanted)]
-    if (codec := wanted.data.codec) in recipes.names():
+    if recipes.is_recipe(codec := wanted.data.codec):
         coder = cast("Coder", begin(recipes.resolve(codec), dataset).family)
         _, *shape = coder.encode(torch.zeros(1, *dataset.train.image_shape)).shape
         family = recipes.build(wanted, (shape[0], shape[1], shape[2]), dataset.train.num_classes)
@@ -363,7 +364,7 @@ def _with_codec(recipe: Recipe, run: Run, listener: Any) -> Recipe:
     codec = recipe.data.codec
     if not codec:
         return recipe
-    if codec in recipes.names() and not Path(codec).exists():
+    if recipes.is_recipe(codec):
         beside = run.path.with_name(f"{run.path.name}-codec")
         if not run.codec_path.is_file():
             listener.say(f"First the autoencoder, in {beside}.")

@@ -7,13 +7,15 @@ guides, not laws: a set of one kind of thing needs fewer pictures than a set of 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from imagekiln.data.mirror import Handedness, handedness
+from imagekiln.data.measures import small_copies
+from imagekiln.data.mirror import MOST, Handedness, handedness
 
 if TYPE_CHECKING:
     from imagekiln.data.prepared import Prepared
@@ -36,6 +38,9 @@ UNEVEN = 10.0
 REPEATED = 0.01
 """Share of copies of other pictures that is worth a word."""
 
+CROWD, FEWEST_IN_CROWD = 0.05, 5
+"""Share of the set, and pictures, from which on one group of near copies is worth a look of its own."""
+
 SMALL_SET_SIDE = 64
 """Side in pixels up to which sets of a few thousand pictures are usually trained."""
 
@@ -49,6 +54,7 @@ class Facts:
     counts_by_class: pictures by class name, those without a label not among them. image_shape: channels, height, width.
     num_train, num_held_out: pictures to learn from and to measure on. num_copies: pictures found to be copies of others
     and kept. num_enlarged: pictures whose shorter side is below that of the set. handed: None where it was not tested.
+    largest_group: pictures of the largest group of copies and near copies that are kept.
     """
 
     num_train: int
@@ -60,6 +66,7 @@ class Facts:
     num_copies: int = 0
     num_enlarged: int = 0
     handed: Handedness | None = None
+    largest_group: int = 0
 
     @property
     def num_pictures(self) -> int:
@@ -110,8 +117,14 @@ def facts_of(prepared: Prepared) -> Facts:
         num_held_out=sum(row.get("split") == "validation" for row in rows),
         num_copies=len(copies),
         num_enlarged=int((short < min(shape[1:])).sum()),
-        handed=handedness(survey.thumbs[indices]),
+        handed=handedness(small_copies(survey.thumbs, _sample(indices))),
+        largest_group=max(Counter(row["group"] for row in rows if "group" in row).values(), default=0),
     )
+
+
+def _sample(indices: np.ndarray) -> np.ndarray:
+    """As many as the mirror test looks at, so that not all small copies have to be read."""
+    return np.sort(np.random.default_rng(0).permutation(indices)[:MOST])
 
 
 # -- the rules --------------------------------------------------------------------------------------------------------
@@ -306,6 +319,24 @@ def _copies(facts: Facts) -> Advice | None:
     return Advice("copies", "warning", sentence, evidence, {"copies kept": facts.num_copies})
 
 
+def _crowd(facts: Facts) -> Advice | None:
+    """One group of near copies that holds much of the set.
+
+    Groups are joined link by link, each picture nearly the same as the next, and never divided between the sides of
+    the split: a large one makes a side larger or smaller than asked for, and weighs in learning by its number.
+    """
+    share = facts.largest_group / max(1, facts.num_pictures)
+    if facts.largest_group < FEWEST_IN_CROWD or share <= CROWD:
+        return None
+    sentence = (
+        f"{facts.largest_group:,} pictures, {share:.0%} of the set, are near copies of each other, such as frames of "
+        "one film or a series of one thing. They stay on one side of the split, and a model draws them first of all: "
+        "look at the group, and keep a few of it. If they are not alike, lower clean.max_residual."
+    )
+    numbers = {"pictures in the largest group": facts.largest_group, "share of the set": round(share, 3)}
+    return Advice("crowd", "warning", sentence, "", numbers)
+
+
 def _unlabelled(facts: Facts) -> Advice | None:
     """Pictures without a label where others have one; they are learned without one, and may be given one."""
     labelled = sum(facts.counts_by_class.values())
@@ -353,6 +384,6 @@ def _held_out(facts: Facts) -> Advice | None:
 
 RULES = (
     *(_size, _start, _classes, _balance, _augment, _mirror),
-    *(_resolution, _copies, _unlabelled, _captions, _held_out),
+    *(_resolution, _copies, _crowd, _unlabelled, _captions, _held_out),
 )
 """In the order of what matters most."""

@@ -36,8 +36,9 @@ from imagekiln.data.survey import MEASURES, THUMB
 WORKING_SIDE = 64
 """Short side in pixels that light, entropy and sharpness are measured at; smaller pictures at their own size."""
 
+_LEVELS = np.arange(256) / 255
 _LEAST_ENERGY = 0.01  # squared grey levels a pixel: details weaker than rounding have no sharpness
-_BLOCK = 4096
+_BLOCK = 1024
 _LOW = 8
 _TIE = 1e-6  # of grey levels summed over 1024 pixels: far above rounding, far below any real difference
 
@@ -55,19 +56,22 @@ def measure(image: Image.Image, size: tuple[int, int] | None = None) -> tuple[np
     """
     entry = np.zeros(1, MEASURES)[0]
     entry["height"], entry["width"] = size or (image.height, image.width)
-    short = min(image.size)
-    if short > WORKING_SIDE:
-        scale = WORKING_SIDE / short
-        inner = (round(image.width * scale), round(image.height * scale))
-        image = image.resize(inner, Image.Resampling.LANCZOS, reducing_gap=2.0)
-    image = _on_white(image)
-    luma_HW = np.asarray(image.convert("L"))
-    entry["brightness"], entry["contrast"] = luma_HW.mean() / 255, luma_HW.std() / 255
+    width, height = float(image.width), float(image.height)
+    if (times := min(image.size) // (2 * WORKING_SIDE)) > 1:
+        image, width, height = image.reduce(times), width / times, height / times  # the last pixels may be cut ones
+    scale = min(1.0, WORKING_SIDE / min(width, height))
+    inner, whole = (round(width * scale), round(height * scale)), (0, 0, width, height)
+    if image.mode not in ("L", "RGB"):
+        image, whole = _on_white(image.resize(inner, Image.Resampling.LANCZOS, box=whole)), (0, 0, *inner)
+    luma_HW = np.asarray(image.convert("L").resize(inner, Image.Resampling.LANCZOS, box=whole))
+    thumb = image.resize((THUMB, THUMB), Image.Resampling.LANCZOS, box=whole, reducing_gap=2.0)
     shares = np.bincount(luma_HW.ravel(), minlength=256) / luma_HW.size
+    brightness = float(shares @ _LEVELS)
+    entry["brightness"], entry["contrast"] = brightness, np.sqrt(shares @ (_LEVELS - brightness) ** 2)
     shares = shares[shares > 0]
     entry["entropy"] = abs(float(shares @ np.log2(shares)))
     entry["sharpness"] = sharpness(luma_HW)
-    return entry, np.asarray(image.convert("RGB").resize((THUMB, THUMB), Image.Resampling.LANCZOS))
+    return entry, np.asarray(thumb.convert("RGB"))
 
 
 def sharpness(luma_HW: np.ndarray) -> float:
@@ -137,12 +141,37 @@ def add_hashes(measured_N: np.ndarray, thumbs_NTT3: np.ndarray) -> None:
 
 
 def small_copies(thumbs_NTT3: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """A copy of some rows, through a mapping of their own where they are mapped from disk: pages that were read once
-    would otherwise count as this process's memory as long as the survey is open."""
-    if isinstance(thumbs_NTT3, np.memmap) and isinstance(thumbs_NTT3.base, mmap.mmap) and thumbs_NTT3.filename:
-        file, offset = thumbs_NTT3.filename, thumbs_NTT3.offset
-        return np.array(np.memmap(file, thumbs_NTT3.dtype, "r", offset, thumbs_NTT3.shape)[rows])
-    return np.array(thumbs_NTT3[rows])
+    """A copy of some rows of an array, read from its file where it is mapped from disk: pages of the mapping that were
+    touched, and their neighbours, would count as this process's memory as long as the array is open."""
+    if not (isinstance(thumbs_NTT3, np.memmap) and isinstance(thumbs_NTT3.base, mmap.mmap) and thumbs_NTT3.filename):
+        return np.array(thumbs_NTT3[rows])
+    if not thumbs_NTT3.flags.c_contiguous or not len(rows):
+        return np.array(thumbs_NTT3[rows])
+    out = np.empty((len(rows), *thumbs_NTT3.shape[1:]), thumbs_NTT3.dtype)
+    starts = np.flatnonzero(np.diff(rows, prepend=rows[0] - 2) != 1)  # neighbours are read together
+    with open(thumbs_NTT3.filename, "rb", buffering=0) as file:
+        for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
+            file.seek(thumbs_NTT3.offset + int(rows[start]) * out[0].nbytes)
+            if file.readinto(out[start:end].reshape(-1).view(np.uint8).data) != out[start:end].nbytes:
+                raise OSError(f"{thumbs_NTT3.filename} is shorter than it was")
+    return out
+
+
+def averaged(thumbs_NTT3: np.ndarray, side: int) -> np.ndarray:
+    """Small copies, uint8, averaged to `side` x `side` pixels, a divisor of T: (N, side, side, 3) float32, 0..255.
+
+    >>> averaged(np.arange(0, 96, 3, dtype=np.uint8)[:, None, None] * np.ones((1, 32, 32, 3), np.uint8), 2)[0, :, 0, 0]
+    array([22.5, 70.5], dtype=float32)
+    """
+    step = THUMB // side
+    rows = thumbs_NTT3.reshape(-1, side, step, THUMB * 3).sum(2, dtype=np.uint32)
+    return rows.reshape(-1, side, side, step, 3).sum(3, dtype=np.uint32).astype(np.float32) / step**2
+
+
+def release(mapped: np.ndarray) -> None:
+    """Let go of the pages of an array mapped from disk, read or written; what was written stays written."""
+    if isinstance(mapped.base, mmap.mmap) and hasattr(mapped.base, "madvise"):  # not on Windows
+        mapped.base.madvise(mmap.MADV_DONTNEED)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -155,6 +184,14 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 def _binomial(luma_HW: np.ndarray, step: int) -> np.ndarray:
     """[1 2 1]/4 down and across, taps `step` pixels apart, the border reflected."""
-    padded = np.pad(luma_HW, step, mode="reflect")
-    down = (padded[: -2 * step] + 2 * padded[step:-step] + padded[2 * step :]) / 4
-    return (down[:, : -2 * step] + 2 * down[:, step:-step] + down[:, 2 * step :]) / 4
+    return _binomial_down(_binomial_down(luma_HW, step).T, step).T
+
+
+def _binomial_down(luma_HW: np.ndarray, step: int) -> np.ndarray:
+    smooth = luma_HW * np.float32(0.5)
+    quarter = luma_HW * np.float32(0.25)
+    smooth[step:] += quarter[:-step]
+    smooth[:-step] += quarter[step:]
+    smooth[:step] += quarter[step:0:-1]
+    smooth[-step:] += quarter[-2 : -2 - step : -1]
+    return smooth

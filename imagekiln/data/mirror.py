@@ -31,6 +31,7 @@ TOLD = 0.6
 """Accuracy from which on a set is called handed: mirrored pictures would be seen to be wrong."""
 
 DIRECTIONS = 8
+_BLOCK = 128
 OFFSETS = ((0, 2), (2, 0), (2, 2), (2, -2), (0, 4), (4, 0))
 """Rows down and columns right from one edge to another."""
 
@@ -71,7 +72,8 @@ def handedness(thumbs_NTTC: np.ndarray, seed: int = 0) -> Handedness:
     if n < FEWEST:
         return Handedness(0.5, 0.5, n)
     grey_NTT = np.asarray(thumbs_NTTC[np.sort(chosen)], np.float32).mean(3) / 255
-    change_NF = features(grey_NTT) - features(grey_NTT[:, :, ::-1])
+    parts = [grey_NTT[start : start + _BLOCK] for start in range(0, n, _BLOCK)]
+    change_NF = np.concatenate([features(part) - features(part[:, :, ::-1]) for part in parts])
     change_NF /= change_NF.std(0) + 1e-3
     fold_N = generator.permutation(n) % FOLDS
     right_N = np.zeros(n)

@@ -13,6 +13,7 @@ import csv
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +29,6 @@ from imagekiln.errors import DataError
 
 VERSION = 2
 FILES = ("images.npy", "metadata.jsonl", "prepare.json")
-_IN_MEMORY_BYTES = 2**30
 _FORMULA = ("=", "+", "-", "@")
 _GUARDED = tuple(f"'{sign}" for sign in _FORMULA)
 
@@ -60,8 +60,6 @@ def open_packed(folder: Path, wanted: Wanted) -> Dataset:
             f"{folder} was prepared as {height}x{width} with {channels} channels; the recipe asks for "
             f"data.size={wanted.size}, data.channels={wanted.channels}. Prepare it again or leave both at 0."
         )
-    if images_NCHW.nbytes <= _IN_MEMORY_BYTES:
-        images_NCHW = np.array(images_NCHW)
     table = Table(
         images_NCHW,
         np.array([int(row.get("label", UNLABELLED)) for row in rows], np.int64),
@@ -83,8 +81,7 @@ def read_packed(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], np.
     """(prepare.json, rows of metadata.jsonl, images_NCHW mapped from disk). Raises `DataError` when it is damaged."""
     try:
         about = json.loads((folder / "prepare.json").read_text(encoding="utf-8"))
-        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").split("\n")
-        rows = [json.loads(line) for line in lines if line]
+        rows = _rows(folder / "metadata.jsonl")
         images_NCHW = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
         version, num_classes = int(about["version"]), len(tuple(map(str, about["class_names"])))
         labels = [int(row.get("label", UNLABELLED)) for row in rows]
@@ -102,6 +99,13 @@ def read_packed(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], np.
     if not sound:
         raise DataError(f"The prepared set {folder} does not fit together. Prepare it again.")
     return about, rows, images_NCHW
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """One JSON object a line; keys are kept once, or those of 100,000 rows would take more memory than all values."""
+    with path.open(encoding="utf-8", newline="\n") as stream:
+        found = (json.loads(line) for line in stream if line.strip())
+        return [{sys.intern(key): value for key, value in row.items()} for row in found]
 
 
 def read_left_out(folder: Path) -> list[tuple[str, str]]:

@@ -134,17 +134,14 @@ def chosen_channels(notes: Sequence[frozenset[str]], notices: list[str]) -> Lite
 def write_images(raw: Path, target: Path, shape: tuple[int, ...], background: str) -> None:
     """Turn the RGBA pixels of `raw` into an .npy array of uint8 and this shape, (N, C, H, W), and remove `raw`."""
     total, channels, height, width = shape
-    images_NCHW = np.lib.format.open_memmap(target, "w+", np.uint8, shape)
-    if not total:
-        raw.unlink()
-        return
-    rgba = np.memmap(raw, np.uint8, "r", shape=(total, height, width, 4))
     colour = decode.colour(background)
-    for start in range(0, total, _CHUNK):
-        pixels_NHWC = decode.flatten(rgba[start : start + _CHUNK], channels, colour)
-        images_NCHW[start : start + _CHUNK] = pixels_NHWC.transpose(0, 3, 1, 2)
-    images_NCHW.flush()
-    del rgba, images_NCHW
+    with raw.open("rb") as source, target.open("wb") as stream:  # mapped files would count as this process's memory
+        head = {"descr": "|u1", "fortran_order": False, "shape": tuple(map(int, shape))}
+        np.lib.format.write_array_header_1_0(stream, head)
+        for start in range(0, total, _CHUNK):
+            count = min(_CHUNK, total - start)
+            rgba = np.frombuffer(source.read(count * height * width * 4), np.uint8).reshape(count, height, width, 4)
+            stream.write(decode.flatten(rgba, channels, colour).transpose(0, 3, 1, 2).tobytes())
     raw.unlink()
 
 

@@ -41,6 +41,7 @@ PROPOSALS = "proposals.csv"
 """The labels that were proposed for unlabelled pictures of a set, beside it."""
 
 _SURVEY = "survey"
+_BLOCK = 1024
 _SHAPING = ("size", "channels", "fit", "background", "caption_encoding")
 
 
@@ -181,8 +182,10 @@ def _fill(
     survey.places[usable] = np.arange(len(usable))
     _write_images(images, folder / "pixels.raw", survey, fresh, known, earlier, (channels, *shape), config.background)
     images_NCHW = np.load(images, mmap_mode="r", allow_pickle=False)
-    for index in fresh:
-        survey.digests[index] = digest(images_NCHW[survey.places[index]])
+    for start in range(0, len(fresh), _BLOCK):
+        block = fresh[start : start + _BLOCK]
+        for index, pixels_CHW in zip(block, measures.small_copies(images_NCHW, survey.places[block]), strict=True):
+            survey.digests[index] = digest(pixels_CHW)
     measures.add_hashes(survey.measured, survey.thumbs)
     survey.save(folder / _SURVEY)
     facts = {"sources": list(sources), "shaping": shaping, "name": _name(sources)}
@@ -238,6 +241,10 @@ def _look(
                 survey.notes[index], survey.measured[index], thumbs[index] = seen.notes, seen.measured, seen.thumb
             if progress is not None:
                 progress(done, total)
+            if done % _BLOCK == 0:
+                measures.release(thumbs)
+    thumbs.flush()  # from here on they are read from the file
+    measures.release(thumbs)
     return survey
 
 

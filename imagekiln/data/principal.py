@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from imagekiln.data.measures import small_copies
 from imagekiln.errors import DataError
 
 FORMAT = "imagekiln principal components"
@@ -151,7 +152,7 @@ def channel_statistics(
     counts = np.zeros((images_NCHW.shape[1], 256), np.int64)
     step = max(1, BATCH_VALUES // max(1, int(np.prod(images_NCHW.shape[1:]))))
     for start in range(0, len(rows), step):
-        part_BCHW = images_NCHW[rows[start : start + step]]
+        part_BCHW = small_copies(images_NCHW, rows[start : start + step])
         counts += np.stack([np.bincount(part_BCHW[:, c].ravel(), minlength=256) for c in range(len(counts))])
     if not counts.any():
         raise DataError("Statistics of the channels need at least one picture.")
@@ -167,7 +168,7 @@ def _batches(images_NCHW: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
     D = int(np.prod(images_NCHW.shape[1:]))
     step = max(1, BATCH_VALUES // D)
     for start in range(0, len(rows), step):
-        part_BCHW = images_NCHW[rows[start : start + step]]
+        part_BCHW = small_copies(images_NCHW, rows[start : start + step])
         yield part_BCHW.reshape(len(part_BCHW), D).astype(np.float32) / np.float32(127.5) - 1
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from imagekiln.core import Batch, Source
 
 NOTHING_HELD_OUT = "No pictures are held out: validation uses the training pictures."
 
+_IN_MEMORY_BYTES = 2**30
 _COLOURS = {1: "grey", 3: "RGB", 4: "RGBA"}
 
 
@@ -37,6 +39,13 @@ class Table:
     captions: Sequence[str | None] | None = None
     places: np.ndarray | None = None
 
+    @cached_property
+    def pixels_NCHW(self) -> np.ndarray:
+        """What pictures are read from: in memory from the first reading on, where they fit there."""
+        mapped = isinstance(self.images_NCHW, np.memmap)
+        fits = self.images_NCHW.nbytes <= _IN_MEMORY_BYTES
+        return np.array(self.images_NCHW) if mapped and fits else self.images_NCHW
+
 
 class MemmapSource:
     """Some rows of a table of pictures, in order: the `Source` that training and validation read from."""
@@ -49,7 +58,7 @@ class MemmapSource:
         self.files: Sequence[str] = [table.files[row] for row in rows]
         told = table.captions
         self.captions: Sequence[str] | None = [told[row] or "" for row in rows] if told is not None else None
-        self._images_NCHW, self._places = table.images_NCHW, rows if table.places is None else table.places[rows]
+        self._table, self._places = table, rows if table.places is None else table.places[rows]
         self.labels_N = torch.from_numpy(table.labels[rows]) if table.class_names else None
         self.fingerprint = _fingerprint(table, rows)
 
@@ -59,7 +68,7 @@ class MemmapSource:
     def read(self, indices: Sequence[int]) -> Batch:
         """The pictures at these indices: images_BCHW uint8, labels_B int64 or None where nothing is labelled."""
         chosen = np.asarray(indices, np.int64)
-        images_BCHW = torch.from_numpy(self._images_NCHW[self._places[chosen]])
+        images_BCHW = torch.from_numpy(self._table.pixels_NCHW[self._places[chosen]])
         return Batch(images_BCHW, None if self.labels_N is None else self.labels_N[torch.from_numpy(chosen)])
 
 

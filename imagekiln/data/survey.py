@@ -10,8 +10,12 @@ Shapes: N files, T = `THUMB` rows and columns.
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +38,30 @@ MEASURES = np.dtype(
     ]
 )
 """What is measured of one picture; zeros where the file cannot be used."""
+
+
+@lru_cache(maxsize=1024)
+def _notes(words: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(words)
+
+
+def _word(value: str | None) -> str | None:
+    """Labels, reasons and sides are a few, each in thousands of rows: equal ones are kept once."""
+    return None if value is None else sys.intern(value)
+
+
+_COLUMNS: Mapping[str, Callable[[Any], Any]] = {
+    "file_name": str,
+    "entry": lambda pair: Entry(*pair),
+    "label": _word,
+    "text": lambda text: text,
+    "split": _word,
+    "reason": _word,
+    "digest": str,
+    "notes": lambda words: _notes(tuple(words)),
+    "place": int,
+}
+"""How every field of a row is read back."""
 
 
 @dataclass
@@ -90,25 +118,28 @@ class Survey:
     def load(cls, folder: Path) -> Survey:
         """What `save` wrote, thumbs mapped from disk. Raises `DataError` when it is damaged."""
         try:
-            lines = (folder / "files.jsonl").read_text(encoding="utf-8").split("\n")
-            rows = [json.loads(line) for line in lines if line]
+            columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+            with (folder / "files.jsonl").open(encoding="utf-8", newline="\n") as stream:
+                for row in map(json.loads, stream):  # 100,000 rows at once would take more memory than the columns
+                    for name, column in columns.items():
+                        column.append(_COLUMNS[name](row[name]))
             measured = np.load(folder / "measured.npy", allow_pickle=False)
             thumbs = np.load(folder / "thumbs.npy", mmap_mode="r", allow_pickle=False)
             survey = cls(
-                names=[row["file_name"] for row in rows],
-                labels=[row["label"] for row in rows],
-                texts=[row["text"] for row in rows],
-                reasons=[row["reason"] for row in rows],
-                digests=[row["digest"] for row in rows],
+                names=columns["file_name"],
+                labels=columns["label"],
+                texts=columns["text"],
+                reasons=columns["reason"],
+                digests=columns["digest"],
                 measured=measured,
                 thumbs=thumbs,
-                notes=[frozenset(row["notes"]) for row in rows],
-                entries=[Entry(*row["entry"]) for row in rows],
-                places=np.array([row["place"] for row in rows], np.int64),
-                splits=[row["split"] for row in rows],
+                notes=columns["notes"],
+                entries=columns["entry"],
+                places=np.array(columns["place"], np.int64),
+                splits=columns["split"],
             )
         except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
             raise DataError(f"The survey {folder} is damaged ({error}). Prepare the set again.") from None
-        if not len(rows) == len(measured) == len(thumbs) or measured.dtype != MEASURES:
+        if not len(survey) == len(measured) == len(thumbs) or measured.dtype != MEASURES:
             raise DataError(f"The survey {folder} does not fit together. Prepare the set again.")
         return survey

@@ -22,6 +22,11 @@ def names() -> list[str]:
     return sorted(path.stem for path in _folder.glob("*.toml"))
 
 
+def is_recipe(name: str) -> bool:
+    """Whether this is the name of a recipe or a recipe's file, and not a folder."""
+    return name.endswith(".toml") or (name in names() and not Path(name).exists())
+
+
 def text(name: str) -> str:
     """A recipe file of the package, with its header.
 

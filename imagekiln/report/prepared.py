@@ -17,6 +17,7 @@ import numpy as np
 from imagekiln.core import mix
 from imagekiln.data.advice import Advice, advise, facts_of
 from imagekiln.data.files import printable
+from imagekiln.data.measures import small_copies
 from imagekiln.data.principal import Principal, channel_statistics, fit
 from imagekiln.engine.run import write_whole
 from imagekiln.report import decided, spread
@@ -284,12 +285,15 @@ def _map(
     if basis is None or len(kept) < FEWEST_MAPPED or len(basis.components_KD) < 2:
         return None
     chosen = np.linspace(0, len(kept) - 1, min(len(kept), MOST_MAPPED)).round().astype(np.int64)
-    coordinates_N2 = basis.transform(prepared.images_NCHW, kept[chosen])[:, :2]
+    images_NCHW = small_copies(prepared.images_NCHW, kept[chosen])
+    coordinates_N2 = basis.transform(images_NCHW)[:, :2]
     labels = [int(prepared.rows[index].get("label", -1)) for index in chosen]
     known = len(classes) > 1 and any(label >= 0 for label in labels)
     needed = [(share, basis.needed(share)) for share in (0.5, 0.9, 0.95)]
     return {
-        "picture": atlas(coordinates_N2, prepared.images_NCHW, kept[chosen], "Map of the set: alike lies near alike"),
+        "picture": atlas(
+            coordinates_N2, images_NCHW, np.arange(len(images_NCHW)), "Map of the set: alike lies near alike"
+        ),
         "points": spread.points(coordinates_N2, labels, classes) if known else None,
         "variance": spread.variance(basis.explained),
         "needed": [(f"{share:.0%}", count) for share, count in needed if count is not None],

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scenes import scene
 
-from imagekiln.data import advice, builtin, mirror
+from imagekiln.data import advice, builtin, mirror, prepared
 from imagekiln.data.advice import Facts
 
 LARGE = Facts(50_000, (3, 32, 32), {"cat": 25_000, "dog": 27_000}, num_held_out=2000)
@@ -46,6 +47,7 @@ def test_a_large_even_set_has_no_warnings():
         (replace(LARGE, num_enlarged=6000), "resolution", "hint", "were enlarged"),
         (replace(LARGE, num_train=3000, image_shape=(3, 256, 256)), "resolution", "hint", "16 times less work"),
         (replace(LARGE, num_copies=2600), "copies", "warning", "2,600 pictures that are copies"),
+        (replace(LARGE, largest_group=5200), "crowd", "warning", "5,200 pictures, 10% of the set, are near copies"),
         (replace(LARGE, num_unlabelled=70), "unlabelled", "hint", "--propagate-labels"),
         (replace(LARGE, num_captions=51_000), "captions", "hint", "1,000 of 52,000 pictures have no caption"),
         (replace(LARGE, num_held_out=120), "held out", "hint", "120 pictures are held out"),
@@ -59,8 +61,9 @@ def test_what_is_said_when(facts, rule, severity, words):
 
 
 def test_nothing_is_said_without_a_reason():
-    found = by_rule(replace(LARGE, num_copies=3, num_captions=52_000, num_enlarged=10))
+    found = by_rule(replace(LARGE, num_copies=3, num_captions=52_000, num_enlarged=10, largest_group=2600))
     assert set(found) == {"size", "classes"}
+    assert "crowd" not in by_rule(replace(LARGE, num_train=20, num_held_out=0, largest_group=4))
     assert not {"classes", "balance"} & set(by_rule(replace(LARGE, counts_by_class={})))
 
 
@@ -80,6 +83,18 @@ def test_every_sentence_is_whole():
         for one in advice.advise(facts):
             assert one.sentence[0].isupper() or one.sentence[0].isdigit()
             assert one.sentence.endswith(".") and (not one.evidence or one.evidence.endswith("."))
+
+
+def test_a_crowd_of_near_copies_is_seen_in_a_prepared_set(tmp_path: Path):
+    (tmp_path / "photos").mkdir()
+    for seed in range(14):
+        scene(seed, (64, 64)).save(tmp_path / "photos" / f"{seed:02d}.png")
+    for quality in range(30, 70, 10):
+        scene(0, (64, 64)).save(tmp_path / "photos" / f"again-{quality}.jpg", quality=quality)
+    found = prepared.prepare([str(tmp_path / "photos")], tmp_path / "set", prepared.PrepareConfig(size=32))
+    facts = advice.facts_of(found)
+    assert (facts.num_pictures, facts.largest_group) == (18, 5)
+    assert by_rule(facts)["crowd"].numbers["pictures in the largest group"] == 5
 
 
 # -- mirroring --------------------------------------------------------------------------------------------------------

@@ -245,6 +245,14 @@ def test_registration_does_not_care_for_order_gain_and_offset() -> None:
     assert forth.residual[1] > 0.5 and forth.detail[1] < 0.5
 
 
+def test_pairs_that_start_far_apart_are_not_followed() -> None:
+    a, b = (np.stack([np.asarray(scene(seed, (32, 32)), np.float32) for seed in seeds]) for seeds in ((0, 1), (0, 2)))
+    mixed = registration.agreement(a, b)
+    alone = registration.agreement(a[:1], b[:1])
+    assert (mixed.residual[1], mixed.detail[1]) == (1, 0)
+    assert np.allclose((mixed.residual[0], mixed.detail[0]), (alone.residual[0], alone.detail[0]), atol=1e-5)
+
+
 # -- outliers ---------------------------------------------------------------------------------------------------------
 
 

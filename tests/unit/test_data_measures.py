@@ -117,6 +117,17 @@ def test_size_is_the_files_where_it_was_decoded_smaller() -> None:
     assert (entry["height"], entry["width"]) == (720, 960)
 
 
+@pytest.mark.parametrize("size", [(900, 601), (521, 777)])
+def test_a_picture_is_measured_alike_at_any_size(size: tuple[int, int]) -> None:
+    smooth = scene(3, (225, 150)).filter(ImageFilter.GaussianBlur(2)).resize(size, Image.Resampling.BICUBIC)
+    small = smooth.resize((size[0] // 4, size[1] // 4), Image.Resampling.LANCZOS)
+    (whole, thumb), (reduced, copy) = measures.measure(smooth), measures.measure(small, (size[1], size[0]))
+    assert (whole["height"], whole["width"]) == (reduced["height"], reduced["width"])
+    for name in ("brightness", "contrast", "entropy", "sharpness"):
+        assert whole[name] == pytest.approx(reduced[name], rel=0.03), name
+    assert np.abs(thumb.astype(int) - copy).mean() < 1.5
+
+
 def test_sharpness_is_the_ratio_of_energies() -> None:
     luma = np.random.default_rng(4).integers(0, 256, (19, 27)).astype(float)
 
@@ -181,3 +192,13 @@ def test_small_copies_of_a_mapped_file_are_its_rows(tmp_path: Path) -> None:
         found = measures.small_copies(thumbs, rows % len(thumbs))
         assert (found == expected[rows % len(expected)]).all()
         assert type(found) is np.ndarray
+
+
+def test_what_was_written_stays_when_its_pages_are_released(tmp_path: Path) -> None:
+    mapped = np.lib.format.open_memmap(tmp_path / "a.npy", "w+", np.uint8, (5, 4096))
+    mapped[:] = np.arange(5, dtype=np.uint8)[:, None]
+    measures.release(mapped)
+    mapped[1] = 9
+    measures.release(mapped)
+    measures.release(np.zeros(3))  # nothing to let go of
+    assert mapped[:, 7].tolist() == np.load(tmp_path / "a.npy")[:, 7].tolist() == [0, 9, 2, 3, 4]

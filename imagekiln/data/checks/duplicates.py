@@ -23,13 +23,13 @@ import numpy as np
 from imagekiln.data.checks.looks import is_blank
 from imagekiln.data.checks.registration import agreement
 from imagekiln.data.checks.thresholds import CleanConfig, Finding
-from imagekiln.data.measures import small_copies
-from imagekiln.data.survey import THUMB, Survey
+from imagekiln.data.measures import averaged, small_copies
+from imagekiln.data.survey import Survey
 
 _PAIRS_A_PICTURE, _REGISTERED_A_PICTURE = 20, 3
 _SAMPLE = 500
 _ROWS, _COLUMNS = 64, 16_384
-_PAIRS, _COARSE_PAIRS = 1024, 8192
+_PAIRS, _COARSE_PAIRS, _THUMBS = 256, 8192, 512
 _COARSE_SIDE = 8
 _LEAST_CORRELATION = 0.75
 _THREADS = max(1, min(8, os.cpu_count() or 1))
@@ -111,7 +111,7 @@ def near_pairs(survey: Survey, config: CleanConfig) -> Pairs:
 
 
 def within(hashes: np.ndarray, others: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """All pairs i < j with hashes[i] and others[j] differing in at most `bits` bits: two int64 arrays.
+    """All pairs i < j with hashes[i] and others[j] differing in at most `bits` bits: two int32 arrays.
 
     >>> [pairs.tolist() for pairs in within(np.array([1, 7, 3], np.uint64), np.array([1, 7, 3], np.uint64), 1)]
     [[0, 1], [2, 2]]
@@ -124,13 +124,13 @@ def within(hashes: np.ndarray, others: np.ndarray, bits: int) -> tuple[np.ndarra
             near = np.bitwise_count(hashes[start : start + _ROWS, None] ^ part) <= bits
             row, column = np.divmod(np.flatnonzero(near), len(part))
             later = column + left > row + start
-            rows.append(row[later] + start)
-            columns.append(column[later] + left)
+            rows.append((row[later] + start).astype(np.int32))
+            columns.append((column[later] + left).astype(np.int32))
         return np.concatenate(rows), np.concatenate(columns)
 
     with ThreadPoolExecutor(_THREADS) as pool:
         parts = list(pool.map(block, range(0, len(hashes), _ROWS)))
-    nothing = np.zeros(0, np.int64)
+    nothing = np.zeros(0, np.int32)
     return np.concatenate([nothing, *(part[0] for part in parts)]), np.concatenate(
         [nothing, *(part[1] for part in parts)]
     )
@@ -152,16 +152,18 @@ def affordable_bits(hashes: np.ndarray, mirrored: np.ndarray, bits: int) -> int:
 
 def _verified(survey: Survey, config: CleanConfig, rows: np.ndarray) -> Pairs:
     first, second, mirrored = _alike(survey, config, rows)
-    kept = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
-    for start in range(0, len(first), _PAIRS):
+
+    def verify(start: int) -> tuple[np.ndarray, np.ndarray]:
         part = slice(start, start + _PAIRS)
         theirs = small_copies(survey.thumbs, second[part])
         theirs[mirrored[part]] = theirs[mirrored[part], :, ::-1]
         found = agreement(small_copies(survey.thumbs, first[part]), theirs)
         good = np.flatnonzero((found.residual <= config.max_residual) & (found.detail >= config.min_detail))
-        kept[0].append(good + start)
-        kept[1].append(found.residual[good])
-    at, residual = (np.concatenate(parts) for parts in kept)
+        return good + start, found.residual[good]
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        parts = [(np.zeros(0, np.int64), np.zeros(0, np.float32)), *pool.map(verify, range(0, len(first), _PAIRS))]
+    at, residual = (np.concatenate(column) for column in zip(*parts, strict=True))
     return Pairs(first[at], second[at], residual, mirrored[at])
 
 
@@ -190,13 +192,11 @@ def _alike(survey: Survey, config: CleanConfig, rows: np.ndarray) -> tuple[np.nd
 
 def _coarse(survey: Survey, rows: np.ndarray) -> np.ndarray:
     """Small copies averaged to 8 x 8, each channel's mean taken away, length 1: (N, 192) float16."""
-    step = THUMB // _COARSE_SIDE
     out = np.empty((len(rows), 3 * _COARSE_SIDE**2), np.float16)
-    for start in range(0, len(rows), 2048):
-        thumbs = small_copies(survey.thumbs, rows[start : start + 2048]).astype(np.float32)
-        small = thumbs.reshape(-1, _COARSE_SIDE, step, _COARSE_SIDE, step, 3).mean((2, 4))
+    for start in range(0, len(rows), _THUMBS):
+        small = averaged(small_copies(survey.thumbs, rows[start : start + _THUMBS]), _COARSE_SIDE)
         small = (small - small.mean((1, 2), keepdims=True)).reshape(len(small), -1)
-        out[start : start + 2048] = small / np.maximum(np.linalg.norm(small, axis=1, keepdims=True), 1e-6)
+        out[start : start + _THUMBS] = small / np.maximum(np.linalg.norm(small, axis=1, keepdims=True), 1e-6)
     return out
 
 

@@ -29,7 +29,7 @@ FITTED_ON = 8000
 
 _INVERSE_PENALTY = 3.0  # 10 and 30 put fewer planted swaps first, of flowers and of CIFAR-10
 _MAX_ITERATIONS = 200
-_BLOCK = 256
+_BLOCK = 64
 _LEAST_SPREAD = 1e-3
 
 
@@ -77,10 +77,12 @@ def suspicious_label(survey: Survey, config: CleanConfig) -> list[Finding]:
     rows, given, probability, names = judged
     own = probability[np.arange(len(rows)), given]
     usual = np.array([own[given == each].mean() for each in range(len(names))])
-    confident = np.where(probability >= usual, probability, 0.0)
-    confident[np.arange(len(rows)), given] = 0.0
-    best = confident.argmax(1)
-    found = np.flatnonzero((own < config.label_probability) & (confident.max(1) > 0))
+    doubted = np.flatnonzero(own < config.label_probability)
+    confident = np.where(probability[doubted] >= usual, probability[doubted], 0.0)
+    confident[np.arange(len(doubted)), given[doubted]] = 0.0
+    best = np.zeros(len(rows), np.int64)
+    best[doubted] = confident.argmax(1)
+    found = doubted[confident.max(1, initial=0.0) > 0]
     return [
         Finding(
             "suspicious_label",
@@ -145,8 +147,8 @@ def _fitted(survey: Survey, rows: np.ndarray, given: np.ndarray) -> tuple[np.nda
     for part, block in _blocks(survey, rows):
         seen[part] = block
     mean = seen.mean(0)
-    scale = BALANCE_F / (seen.std(0) + _LEAST_SPREAD)
     seen -= mean
+    scale = BALANCE_F / (np.sqrt(np.einsum("nf,nf->f", seen, seen) / len(seen)) + _LEAST_SPREAD)
     seen *= scale
     model = LogisticRegression(C=_INVERSE_PENALTY, max_iter=_MAX_ITERATIONS)
     with warnings.catch_warnings():

@@ -16,14 +16,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from imagekiln.data.checks.thresholds import CleanConfig, Finding
-from imagekiln.data.measures import small_copies
-from imagekiln.data.survey import THUMB, Survey
+from imagekiln.data.measures import averaged, small_copies
+from imagekiln.data.survey import Survey
 
 _FEWEST = 50
 _FITTED_ON = 5000
 _KEPT_VARIANCE = 0.95
 _SIDE = 8
-_BLOCK = 2048
+_BLOCK = 512
 _LEAST = 1e-3
 
 
@@ -44,9 +44,10 @@ def _distances(survey: Survey, rows: np.ndarray) -> np.ndarray:
     chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), _FITTED_ON)).astype(int)]
     fitted = np.concatenate(list(_blocks(survey, chosen)))
     mean = fitted.mean(0)
-    _, strength, components = np.linalg.svd(fitted - mean, full_matrices=False)
-    share = np.cumsum(strength**2) / max(float((strength**2).sum()), _LEAST)
-    V = components[: int(np.searchsorted(share, _KEPT_VARIANCE)) + 1].T
+    centred = (fitted - mean).astype(np.float64)
+    variance, components = np.linalg.eigh(centred.T @ centred)  # the smallest first
+    share = np.cumsum(variance[::-1]) / max(float(variance.sum()), _LEAST)
+    V = components[:, ::-1][:, : int(np.searchsorted(share, _KEPT_VARIANCE)) + 1].astype(np.float32)
     scores = (fitted - mean) @ V
     spread = 1.4826 * np.median(np.abs(scores - np.median(scores, 0)), 0) + _LEAST
     found = []
@@ -61,9 +62,8 @@ def _distances(survey: Survey, rows: np.ndarray) -> np.ndarray:
 def _blocks(survey: Survey, rows: np.ndarray) -> Iterator[np.ndarray]:
     """Small copies averaged to 8 x 8 pixels: (block, 192) float32 in [0, 1]."""
     for start in range(0, len(rows), _BLOCK):
-        thumbs = small_copies(survey.thumbs, rows[start : start + _BLOCK]).astype(np.float32) / 255
-        step = THUMB // _SIDE
-        yield thumbs.reshape(-1, _SIDE, step, _SIDE, step, 3).mean((2, 4)).reshape(len(thumbs), -1)
+        small = averaged(small_copies(survey.thumbs, rows[start : start + _BLOCK]), _SIDE)
+        yield small.reshape(len(small), -1) / 255
 
 
 def _robust_z(distances: np.ndarray) -> np.ndarray:

@@ -9,8 +9,9 @@ border. Least squares gives them; a is warped by t and s, and the fit repeated. 
 that is left, on slightly smoothed pictures whose chroma counts half (JPEG keeps little of it). Different pictures of
 alike things agree in the large, but not in their details, so `detail` is the correlation of what lies between two
 scales of smoothing, in the luma of the warped pictures. Both ways are tried (a crop may be either), the better is kept.
+A way whose first fit leaves very much unexplained is not followed: most pairs end there.
 
-Shapes: P pairs, T = `survey.THUMB` rows and columns.
+Shapes: P pairs, C = 3 channels, T = `survey.THUMB` rows and columns.
 """
 
 from __future__ import annotations
@@ -27,16 +28,20 @@ GAINS = (0.4, 2.5)
 
 _REFUSED = 1.0
 _OPPONENT = np.array([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]], np.float32)
-_CHROMA = 0.5
+_WEIGHTS = np.array([1, 0.5, 0.5], np.float32)[:, None, None]  # JPEG keeps little of chroma
 _AXIS = np.linspace(-1, 1, THUMB, dtype=np.float32)
 _BORDER, _STEP = 2, 2  # border pixels have no place to come from; the fit needs no more than every second one
 _RIDGE = 1e-2
 _NOISE = 30.0  # squared grey levels in a picture's details: less is rounding
-_BLOCK = 256
+_BLOCK = 64  # what is computed of so many pairs stays in the processor's cache
+# Share that the first fit leaves: at most 0.142 in 3,577 planted near duplicates of flowers and CIFAR-10, more than
+# this in about half of the unrelated pairs that come here.
+_HOPELESS = 0.25
 
 
 class Agreement(NamedTuple):
-    """residual: (P,) float32 in [0, 1], 1 where no small change leads from one to the other. detail: (P,) in [-1, 1]"""
+    """residual: (P,) float32 in [0, 1], 1 where no small change leads from one to the other. detail: (P,) in [-1, 1],
+    0 where it was not worth a look."""
 
     residual: np.ndarray
     detail: np.ndarray
@@ -53,59 +58,68 @@ def agreement(first_PTT3: np.ndarray, second_PTT3: np.ndarray) -> Agreement:
     parts = []
     for start in range(0, len(first_PTT3), _BLOCK):
         sides = [
-            np.asarray(side[start : start + _BLOCK], np.float32) @ _OPPONENT.T for side in (first_PTT3, second_PTT3)
+            (
+                _OPPONENT @ side[start : start + _BLOCK].astype(np.float32).reshape(-1, THUMB**2, 3).transpose(0, 2, 1)
+            ).reshape(-1, 3, THUMB, THUMB)
+            for side in (first_PTT3, second_PTT3)
         ]
-        there, back = _one_way(sides[0], sides[1]), _one_way(sides[1], sides[0])
-        better = (there.residual < back.residual) | ((there.residual == back.residual) & (there.detail > back.detail))
-        parts.append([np.where(better, *both) for both in zip(there, back, strict=True)])
+        parts.append(_both_ways(*sides))
     if not parts:
         return Agreement(np.zeros(0, np.float32), np.zeros(0, np.float32))
     return Agreement(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _one_way(a: np.ndarray, b: np.ndarray) -> Agreement:
-    weighed = [_smooth(side, 2) * np.array([1, _CHROMA, _CHROMA], np.float32) for side in (a, b)]
-    _, _, move = _fit(weighed[0], weighed[1])
-    residual, gain, further = _fit(_warped(weighed[0], move), weighed[1])
-    move = np.clip(move + further, -2 * LARGEST_MOVE, 2 * LARGEST_MOVE)
-    sane = (np.abs(move).max(1) <= LARGEST_MOVE) & (gain >= GAINS[0]) & (gain <= GAINS[1])
-    return Agreement(
-        np.where(sane, residual, _REFUSED).astype(np.float32), _detail(_warped(a[..., :1], move), b[..., :1])
-    )
+def _both_ways(one: np.ndarray, other: np.ndarray) -> Agreement:
+    best = Agreement(np.full(len(one), _REFUSED, np.float32), np.zeros(len(one), np.float32))
+    smoothed = [_smooth(side, 2) * _WEIGHTS for side in (one, other)]
+    for (a, b), (smooth_a, smooth_b) in (((one, other), smoothed), ((other, one), smoothed[::-1])):
+        residual, _, move = _fit(smooth_a, smooth_b)
+        at = np.flatnonzero(residual <= _HOPELESS)
+        if not len(at):
+            continue
+        found = _one_way(a[at, :1], b[at, :1], smooth_a[at], smooth_b[at], move[at])
+        better = (found.residual < best.residual[at]) | (
+            (found.residual == best.residual[at]) & (found.detail > best.detail[at])
+        )
+        best.residual[at[better]], best.detail[at[better]] = found.residual[better], found.detail[better]
+    return best
 
 
-def _fit(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _one_way(
+    luma_a: np.ndarray, luma_b: np.ndarray, smooth_a: np.ndarray, smooth_b: np.ndarray, move_P4: np.ndarray
+) -> Agreement:
+    """The fit repeated on a moved as the first one said, and how details agree then."""
+    residual, gain, further = _fit(_warped(smooth_a, move_P4), smooth_b)
+    move_P4 = np.clip(move_P4 + further, -2 * LARGEST_MOVE, 2 * LARGEST_MOVE)
+    sane = (np.abs(move_P4).max(1) <= LARGEST_MOVE) & (gain >= GAINS[0]) & (gain <= GAINS[1])
+    return Agreement(np.where(sane, residual, _REFUSED).astype(np.float32), _detail(_warped(luma_a, move_P4), luma_b))
+
+
+def _fit(a_PCTT: np.ndarray, b_PCTT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Residual (P,), gain (P,) and move_P4: t_x, t_y, s_x, s_y."""
-    down, across = np.zeros_like(a), np.zeros_like(a)
-    down[:, 1:-1], across[:, :, 1:-1] = (a[:, 2:] - a[:, :-2]) / 2, (a[:, :, 2:] - a[:, :, :-2]) / 2
-    inner = slice(_BORDER, THUMB - _BORDER, _STEP)
-    axis = _AXIS[inner]
-    terms = [side[:, inner, inner] for side in (a, across, down)]
-    terms += [terms[1] * axis[:, None], terms[2] * axis[:, None, None]]
-    target = b[:, inner, inner]
+    before, here, after = (slice(_BORDER + step, THUMB - _BORDER + step, _STEP) for step in (-1, 0, 1))
+    axis, count = _AXIS[here], len(a_PCTT)
+    across = (a_PCTT[..., here, after] - a_PCTT[..., here, before]) / 2
+    down = (a_PCTT[..., after, here] - a_PCTT[..., before, here]) / 2
+    terms = (a_PCTT[..., here, here], across, down, axis * across, axis[:, None] * down, b_PCTT[..., here, here])
+    centred = np.stack([term.reshape(count, 3, -1) for term in terms], 1)
     # An offset for each channel is the same as taking every channel's mean away from both sides.
-    terms, target = (
-        [term - term.mean((1, 2), keepdims=True) for term in terms],
-        target - target.mean((1, 2), keepdims=True),
-    )
-    X = np.stack([term.reshape(len(a), -1) for term in terms], 1)
-    y = target.reshape(len(a), -1, 1)
+    centred -= centred.mean(-1, keepdims=True)
+    X, y = (part.reshape(count, part.shape[1], -1) for part in (centred[:, :-1], centred[:, -1:]))
     G = X @ X.transpose(0, 2, 1)
     G[:, range(5), range(5)] += _RIDGE
-    weights = np.linalg.solve(G, X @ y)
-    left = y - X.transpose(0, 2, 1) @ weights
+    weights = np.linalg.solve(G, X @ y.transpose(0, 2, 1))
+    left = y - weights.transpose(0, 2, 1) @ X
     gain = weights[:, 0, 0]
     divisor = np.where(np.abs(gain) < 0.1, 0.1, gain)
     residual = (left**2).sum((1, 2)) / np.maximum((y**2).sum((1, 2)), 1.0)
     return residual, gain, np.clip(weights[:, 1:, 0] / divisor[:, None], -LARGEST_MOVE, LARGEST_MOVE)
 
 
-def _warped(a: np.ndarray, move_P4: np.ndarray) -> np.ndarray:
+def _warped(a_PCTT: np.ndarray, move_P4: np.ndarray) -> np.ndarray:
     """a at x + t + s x, linearly interpolated, clamped at the border."""
-    across, down = (_interpolation(move_P4[:, at], move_P4[:, at + 2]) for at in (0, 1))
-    channels = a.shape[-1]
-    rows = (down @ a.reshape(len(a), THUMB, -1)).reshape(len(a), THUMB, THUMB, channels)
-    return np.stack([rows[..., channel] @ across.transpose(0, 2, 1) for channel in range(channels)], -1)
+    across, down = (_interpolation(move_P4[:, at], move_P4[:, at + 2])[:, None] for at in (0, 1))
+    return down @ a_PCTT @ across.transpose(0, 1, 3, 2)
 
 
 def _interpolation(shift_P: np.ndarray, stretch_P: np.ndarray) -> np.ndarray:
@@ -115,22 +129,25 @@ def _interpolation(shift_P: np.ndarray, stretch_P: np.ndarray) -> np.ndarray:
     return np.maximum(0, 1 - distance)
 
 
-def _detail(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _detail(a_P1TT: np.ndarray, b_P1TT: np.ndarray) -> np.ndarray:
     inner = slice(_BORDER + 1, THUMB - _BORDER - 1)
     bands = []
-    for side in (a, b):
+    for side in (a_P1TT, b_P1TT):
         fine = _smooth(side, 1)
-        band = (fine - _smooth(fine, 2))[:, inner, inner].reshape(len(side), -1)
+        band = (fine - _smooth(fine, 2))[..., inner, inner].reshape(len(side), -1)
         bands.append(band - band.mean(1, keepdims=True))
     energy = [(band**2).sum(1) + _NOISE for band in bands]
     return ((bands[0] * bands[1]).sum(1) / np.sqrt(energy[0] * energy[1])).astype(np.float32)
 
 
-def _smooth(pictures: np.ndarray, times: int) -> np.ndarray:
+def _smooth(pictures_PCTT: np.ndarray, times: int) -> np.ndarray:
     """[1 2 1]/4 down and across, the border repeated."""
     for _ in range(times):
-        padded = np.pad(pictures, ((0, 0), (1, 1), (0, 0), (0, 0)), mode="edge")
-        pictures = (padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]) / 4
-        padded = np.pad(pictures, ((0, 0), (0, 0), (1, 1), (0, 0)), mode="edge")
-        pictures = (padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]) / 4
-    return pictures
+        for axis in (-1, -2):
+            along = np.moveaxis(pictures_PCTT, axis, -1)
+            smooth = 2 * along
+            smooth[..., 1:] += along[..., :-1]
+            smooth[..., :-1] += along[..., 1:]
+            smooth[..., [0, -1]] += along[..., [0, -1]]
+            pictures_PCTT = np.moveaxis(smooth, -1, axis) / 4
+    return pictures_PCTT
