@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, nargs="+", default=[0, 1], help="one training for every seed (0 1)")
     add("--concepts", type=int, default=120, help="concepts asked for, each in three wordings (120)")
     add("--skip-train", action="store_true", help="only measure what has been trained before")
+    add("--nimg", type=int, help="the moment of the run after so many images (the one `generate` takes)")
     add("--matcher-only", action="store_true", help="only measure the matcher, on real pictures")
     add("--matcher-seed", type=int, default=0, help="another one is another matcher (0)")
     add("--record", action="store_true", help="write a record of the result")
@@ -286,10 +287,10 @@ def measure_real(
 
 
 def measure_run(
-    run: Run, judge: Judge, asked: Sequence[Asked], lineup: Lineup, real: Tensor
+    run: Run, judge: Judge, asked: Sequence[Asked], lineup: Lineup, real: Tensor, nimg: int | None = None
 ) -> tuple[Judged, dict[str, Tensor], Path]:
     """What the matcher says about a run's pictures, the pictures by kind, and the weights that drew them."""
-    model = open_model(run)
+    model = open_model(run, nimg)
     concepts = [one.concept for one in asked]
     _say(f"Drawing {len(asked) * (len(KINDS) + 1)} pictures with {model.weights}.")
     by_kind = {kind: drawn(model, asked, kind) for kind in (*KINDS, SEEN)}
@@ -374,7 +375,7 @@ def work(options: argparse.Namespace) -> Path | None:
     real = every[[one.row for one in chosen]]
     rows, judged, weights = share_rows([measure_real(judge, chosen, lineup, dataset, held)], ()), [], []
     for seed, run in zip(options.seeds, runs, strict=False):
-        found, by_kind, path = measure_run(run, judge, asked, lineup, real)
+        found, by_kind, path = measure_run(run, judge, asked, lineup, real, options.nimg)
         judged.append(found)
         weights.append(hash_of(path))
         write_grid(options.runs / f"emoji-text-{seed}.png", asked, real, by_kind)

@@ -49,6 +49,7 @@ FREE_TO_CHANGE = {
     "validate_kimg",
     "keep",
     "patience",
+    "choose",
     "device",
     "tensorboard",
     "compile",

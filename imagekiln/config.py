@@ -157,6 +157,9 @@ class TrainConfig(Section):
     preview_kimg: float = Field(0.0, ge=0, description="0 = a sixteenth of the run")
     validate_kimg: float = Field(0.0, ge=0, description="0 = a sixteenth of the run")
     keep: int = Field(2, ge=2, description="checkpoints kept besides the best")
+    choose: Literal["best", "last"] = Field(
+        "best", description="moment to draw with: best on held-out pictures, or last"
+    )
     patience: int = Field(0, ge=0, description="stop after this many validations without gain; 0 = never")
     doctor: Literal["off", "watch", "act"] = Field("watch", description="notice illnesses; act = also repair")
     tensorboard: bool = Field(False, description="also write TensorBoard events")

@@ -293,14 +293,16 @@ class Trainer:
         return {key: value for key, value in found.items() if not math.isnan(value) or key.startswith("validation/")}
 
     def _keep_best(self, criteria: Mapping[str, float]) -> None:
-        """Remember the moment and the average with the lowest value so far."""
+        """Remember the moment and the average with the lowest value so far, or the last one."""
         average, loss = min(criteria.items(), key=lambda item: (math.isnan(item[1]), item[1]))
-        if self.state.best_loss is None or loss < self.state.best_loss or math.isnan(self.state.best_loss):
-            self.state.best_loss, self.state.best_nimg, self.state.stale_validations = loss, self.state.nimg, 0
-            self.state.best_average = average
+        before = self.state.best_loss
+        better = before is None or loss < before or math.isnan(before)
+        if better:
+            self.state.best_loss = loss
+        self.state.stale_validations = 0 if better else self.state.stale_validations + 1
+        if better or self.config.choose == "last":
+            self.state.best_nimg, self.state.best_average = self.state.nimg, average
             self._save_weights()
-        else:
-            self.state.stale_validations += 1
 
     def _stops_early(self) -> bool:
         stop = 0 < self.config.patience <= self.state.stale_validations

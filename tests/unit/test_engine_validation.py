@@ -137,6 +137,21 @@ def made(folder: Path, **settings) -> Trainer:
     return Trainer(recipe, family, Shades(), Shades(), run, Silent())
 
 
+def test_the_last_moment_is_drawn_with_where_that_is_wanted(tmp_path: Path) -> None:
+    trainer = made(tmp_path, choose="last")
+    trainer.step()
+    trainer._validate(200)
+    best, loss = trainer.state.best_nimg, trainer.state.best_loss
+    trainer.step()
+    for average in trainer.averages.values():
+        for tensor in average.state_dict().values():
+            tensor.zero_()
+    trainer._validate(200)
+    assert best < trainer.state.best_nimg == trainer.state.nimg, "the last moment"
+    assert trainer.state.best_loss == loss and trainer.state.stale_validations == 1, "it is known to be worse"
+    assert trainer.run.weights().name.startswith(f"{trainer.state.nimg:09d}-")
+
+
 def test_without_a_loss_that_ranks_the_pictures_choose_moment_and_average(tmp_path: Path) -> None:
     trainer = made(tmp_path)
     trainer.step()
