@@ -73,6 +73,8 @@ class DataConfig(Section):
     tag_dropout: Fraction = Field(0.0, description="share of a caption's comma-separated parts left out in training")
     tag_shuffle: bool = Field(False, description="put these parts into another order every time")
     tags_kept: int = Field(1, ge=0, description="the first so many parts stay, and stay first")
+    word_dropout: Fraction = Field(0.0, description="share of a caption's words left out in training")
+    wordings: tuple[str, ...] = Field((), description="texts with {caption}; training puts captions into one at random")
 
 
 class FamilyConfig(Section):

@@ -128,6 +128,23 @@ def varied(text: str, seed: int, position: int, *, dropout: float = 0.0, shuffle
     return ", ".join([*found[:keep], *(tag for _, tag in rest)])
 
 
+def reworded(text: str, seed: int, position: int, *, dropout: float = 0.0, wordings: Sequence[str] = ()) -> str:
+    """A caption with some of its words left out and put into a wording, as (seed, position) say.
+
+    dropout: probability of leaving out a word; where none would be left, all stay. wordings: texts in which {caption}
+    stands for the caption; one of them is taken, or the caption as it is, each as often. An empty caption stays empty.
+
+    >>> reworded("a small red cat", 0, 3, dropout=0.4, wordings=("a picture of {caption}",))
+    'a picture of red cat'
+    """
+    words = text.split()
+    if dropout:
+        words = [w for i, w in enumerate(words) if mix(seed, "word dropout", position, i) >= dropout * 2.0**63] or words
+    kept = " ".join(words)
+    chosen = ("{caption}", *wordings)[mix(seed, "wording", position) % (1 + len(wordings))]
+    return chosen.replace("{caption}", kept) if kept else ""
+
+
 # -- captions of somebody else's making -------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from imagekiln.config import DataConfig, Recipe
 from imagekiln.core import UNLABELLED, Batch, Family, Source, mix
 from imagekiln.data import Dataset
-from imagekiln.data.captions import varied
+from imagekiln.data.captions import reworded, varied
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine.codec import Latents, latents
 from imagekiln.engine.generate import Wish, read
@@ -57,7 +57,8 @@ def begin(recipe: Recipe, dataset: Dataset, run: Run | None = None) -> Begun:
         if path := getattr(recipe.family, field):
             family.companion[field] = _companion(field, path)
     captions = captions_of(train)
-    family.study(captions or [])
+    wordings = recipe.data.wordings
+    family.study([reworded(caption, 0, place, wordings=wordings) for place, caption in enumerate(captions or [])])
     if family.read([""]) is None:
         return Begun(family, train, held_out)
     if captions is None:
@@ -121,22 +122,18 @@ class Told:
         return self.source.read(indices)._replace(text=self._text_UX[chosen])
 
     def text(self, indices: Sequence[int], seed: int, position: int) -> Tensor:
-        """Captions of a batch that starts at `position` of a run: tags left out and in another order, as told."""
+        """Captions of a batch that starts at `position` of a run, in the wordings that the recipe asks for."""
         data = self.data
-        if not data.tag_dropout and not data.tag_shuffle:
+        if not (data.tag_dropout or data.tag_shuffle or data.word_dropout or data.wordings):
             return self._text_UX[torch.from_numpy(self._row_N[np.asarray(indices, np.int64)])]
-        captions = [
-            varied(
-                self.captions[index],
-                seed,
-                position + place,
-                dropout=data.tag_dropout,
-                shuffle=data.tag_shuffle,
-                keep=data.tags_kept,
-            )
-            for place, index in enumerate(indices)
-        ]
-        return read(self.family, captions)
+        return read(self.family, [self._worded(self.captions[i], seed, position + at) for at, i in enumerate(indices)])
+
+    def _worded(self, caption: str, seed: int, position: int) -> str:
+        """A caption as it is told at one position of a run."""
+        data = self.data
+        dropout, shuffle, keep = data.tag_dropout, data.tag_shuffle, data.tags_kept
+        told = varied(caption, seed, position, dropout=dropout, shuffle=shuffle, keep=keep)
+        return reworded(told, seed, position, dropout=data.word_dropout, wordings=data.wordings)
 
 
 def wishes(source: Any, rows: Sequence[int]) -> list[Wish]:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from imagekiln.data.captions import caption_with, clean, cleaned, from_template, shorten, tags, varied
+from imagekiln.data.captions import caption_with, clean, cleaned, from_template, reworded, shorten, tags, varied
 from imagekiln.errors import UsageError
 
 texts = st.text(max_size=80)
@@ -232,3 +232,16 @@ def test_a_command_that_is_not_there_is_said_at_once() -> None:
     for command in (["surely-no-such-program"], [], "echo hello"):
         with pytest.raises(UsageError, match="captioning command"):
             caption_with(command, ["a.png"])
+
+
+@pytest.mark.parametrize("text", ["", "one", "a {caption} of {braces}", "一只 红色 的 猫", "x " * 50])
+@pytest.mark.parametrize("dropout", [0.0, 0.5, 1.0])
+def test_reworded_captions_keep_words_in_order_and_never_become_empty(text: str, dropout: float) -> None:
+    words = text.split()
+    for position in range(50):
+        told = reworded(text, 3, position, dropout=dropout, wordings=("see {caption}!",))
+        assert told == reworded(text, 3, position, dropout=dropout, wordings=("see {caption}!",))
+        inner = told.removeprefix("see ").removesuffix("!") if told.startswith("see ") else told
+        left = iter(words)
+        assert all(word in left for word in inner.split()), "a word that was not there, or another order"
+        assert bool(told) == bool(words)

@@ -156,6 +156,18 @@ def test_tags_change_with_the_position_and_with_nothing_else(photos: Path):
     assert not torch.equal(whole, later)
 
 
+def test_wordings_change_in_training_and_not_when_looked_at(photos: Path):
+    wanted = made(photos, data={"wordings": ["see: {caption}"], "word_dropout": 0.3, "tags_kept": 3})
+    (family, train, held_out), dataset = begun(wanted)
+    loader = augment.loader(wanted.data, train, 7, 64, "cpu")
+    texts = [family.text.tokenizer().decode(row, skip_special_tokens=True) for row in loader.batch(0).text]
+    whole = [train.captions[index] for index in loader.order(0, 64).tolist()]
+    assert any(text.startswith("see") for text in texts) and not all(text.startswith("see") for text in texts)
+    assert any(caption.split(",")[0] not in text for text, caption in zip(texts, whole, strict=True))
+    assert torch.equal(loader.batch(0).text, augment.loader(wanted.data, train, 7, 64, "cpu").batch(0).text)
+    assert torch.equal(held_out.read([0]).text, family.read([dataset.validation.captions[0]]))
+
+
 def test_names_of_classes_are_captions_where_there_are_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("IMAGEKILN_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "classes"
