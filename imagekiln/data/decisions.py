@@ -90,14 +90,18 @@ def write(folder: Path, seen: Seen, config: PrepareConfig, edits: Edits, sides_b
     Raises `DataError` when nothing would be kept.
     """
     survey = seen.survey
-    found = checks.run(survey, config.clean)
+    given = dict(zip(survey.names, survey.labels, strict=True))
+    # A label that somebody gave since a proposal was accepted is worth more than the proposal.
+    proposed = {name: label for name, label in edits.labels.items() if name in given and given[name] is None}
+    found = [
+        finding
+        for finding in checks.run(survey, config.clean)
+        if finding.check != "missing_label" or survey.names[finding.index] not in proposed
+    ]
     reasons = _reasons_to_leave_out(survey, found, config.clean, edits)
     kept = [index for index in survey.usable.tolist() if index not in reasons]
     if not kept:
         raise DataError("Every picture would be left out. Say which checks may do so with --set clean.leave_out=[...].")
-    given = dict(zip(survey.names, survey.labels, strict=True))
-    # A label that somebody gave since a proposal was accepted is worth more than the proposal.
-    proposed = {name: label for name, label in edits.labels.items() if name in given and given[name] is None}
     labels = [proposed.get(name, label) for name, label in given.items()]
     names = class_names([labels[index] for index in kept])
     lost = sorted(set(class_names(labels)) - set(names))

@@ -347,6 +347,12 @@ def test_features_see_direction_colour_and_place() -> None:
     assert np.allclose(colours[0], colours[1]) and not np.allclose(seen[2], seen[3])
 
 
+def test_labels_are_missing_only_where_others_have_one() -> None:
+    images = [scene(seed, (32, 32)) for seed in range(3)]
+    assert found("missing_label", surveyed(images)) == []
+    assert found("missing_label", surveyed([*images, None], ["cat", None, "dog", None])) == [1]
+
+
 # -- captions ---------------------------------------------------------------------------------------------------------
 
 

@@ -182,6 +182,11 @@ def test_accepted_labels_are_marked(photos: Path, tmp_path: Path) -> None:
     rows = prepare([], out, CONFIG, edits=Edits(labels={"cat/07.png": "cat"})).rows
     proposed = [row for row in rows if row.get("label_from") == "proposed"]
     assert [row["file_name"] for row in proposed] == ["cat/07.png"] and proposed[0]["label"] == 0
+    with (photos / "metadata.csv").open("a") as table:
+        table.write("dog/02.png,\n")
+    config = CONFIG.model_copy(update={"clean": CONFIG.clean.model_copy(update={"leave_out": ("missing_label",)})})
+    left = {row["file_name"] for row in prepare([str(photos)], out, config).rows}
+    assert "cat/07.png" in left and "dog/02.png" not in left, "an accepted label is a label"
 
 
 def test_the_table_of_proposals_outlives_a_change(photos: Path, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ CHECKS: Mapping[str, tuple[Check, str]] = {
         "split. Drop them where one is enough.",
     ),
     "outlier": (outliers.outlier, "Unlike the rest of the set. Look whether they belong to it."),
+    "missing_label": (labels.missing, "Without a label where others have one: they train without a condition."),
     "few_in_class": (labels.few_in_class, "Their class has too few pictures to be learned. Add some or join classes."),
     "two_labels": (labels.two_labels, "The same picture stands under two labels: at most one is right. Correct them."),
     "suspicious_label": (

@@ -23,6 +23,7 @@ CheckName = Literal[
     "duplicate",
     "near_duplicate",
     "outlier",
+    "missing_label",
     "few_in_class",
     "two_labels",
     "suspicious_label",
