@@ -1,4 +1,4 @@
-"""Does training wait for data? Batches of 32 px pictures a second against steps of the `diffusion` recipe.
+"""Does training wait for data, at 32 px and with the steps of the `diffusion` recipe?
 
 Pictures of random blocks are written as PNGs, prepared, and written as shards. The step is the trainer's own, with the
 recipe's settings, on random pictures in memory; the loader makes the same number of batches of the same size from the

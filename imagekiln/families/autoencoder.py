@@ -234,7 +234,6 @@ class Autoencoder(Family):
         """latents_BZhw float32 of images_BCHW in [-1, 1]: the middle of what the encoder says; before codes for vq."""
         return self._encode(images, note=False).mean
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """images_BCHW float32 in [-1, 1] of latents_BZhw; for vq, of the codes nearest to them."""
         return nets.pictures(self.network, self._decodable(latents)).clamp(-1, 1)
