@@ -1,9 +1,10 @@
 """Which pictures are held out: a function of their content, in whole groups, so that nothing is on two sides.
 
-A group (a picture, its copies and near copies) falls where the smallest of its content hashes says, so it does not
-depend on names, on order, or on which other pictures there are. A group that had a side keeps it when pictures come
-and go. Where several sides claim a group it is trained on: a held-out picture must not be known from training. So is a
-group that is larger than all that is to be held out: it would take the place of everything else there.
+A group (a picture, its copies and near copies) falls where the smallest of its content hashes says, for the number of
+different ones, so it does not depend on names, on order, or on which other pictures there are. A group that had a side
+keeps it when pictures come and go. Where several sides claim a group it is trained on: a held-out picture must not be
+known from training. So is a group that is larger than all that is to be held out: it would take the place of everything
+else there.
 """
 
 from __future__ import annotations
@@ -37,12 +38,17 @@ def assign(
     >>> assign(["00" * 16, "ff" * 16, "80" * 16], np.array([0, 1, 0]), [None] * 3, [""] * 3, 0.5)
     ['validation', 'train', 'validation']
     """
-    place: dict[int, float] = {}
+    smallest: dict[int, float] = {}
+    different: dict[int, set[str]] = {}
     side: dict[int, str] = {}
     for digest, group, claim in zip(digests, groups.tolist(), claimed, strict=True):
-        place[group] = min(place.get(group, 1.0), int(digest[:13], 16) / 16**13)
+        smallest[group] = min(smallest.get(group, 1.0), int(digest[:13], 16) / 16**13)
+        different.setdefault(group, set()).add(digest)
         if claim and (group not in side or _RANK[claim] < _RANK[side[group]]):
             side[group] = claim
+    # The smallest of k uniform numbers is below x with probability 1 - (1 - x)^k: so much is a group's place, or large
+    # groups would nearly all be held out.
+    place = {group: 1 - (1 - x) ** len(different[group]) for group, x in smallest.items()}
     given = set(side)
     sizes = Counter(groups.tolist())
     largest = max(_SMALL, max(validation_fraction, test_fraction) * len(groups))

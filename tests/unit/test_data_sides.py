@@ -55,6 +55,22 @@ def test_shares_are_what_was_asked_for() -> None:
     assert abs(share[VALIDATION] - 0.1) < error[0] and abs(share[TEST] - 0.2) < error[1]
 
 
+def test_large_groups_are_held_out_as_often_as_small_ones() -> None:
+    """2,000 groups of 20: their share is binomial. By the smallest hash alone 88 % of them would be held out."""
+    count, size, share = 2000, 20, 0.1
+    groups = np.repeat(np.arange(count), size)
+    sides = assign(digests(count * size), groups, [None] * (count * size), [""] * (count * size), share)
+    held = sum(side == VALIDATION for side in sides) / len(sides)
+    assert abs(held - share) < 5 * (share * (1 - share) / count) ** 0.5
+
+
+def test_copies_do_not_change_a_groups_side() -> None:
+    content, groups = digests(300), alone(300)
+    before = assign(content, groups, [None] * 300, [""] * 300, 0.2)
+    twice = assign(content * 2, np.tile(groups, 2), [None] * 600, [""] * 600, 0.2)
+    assert twice == before * 2
+
+
 def test_pictures_that_come_later_move_nobody() -> None:
     content = digests(300)
     before = assign(content[:200], alone(200), ["x"] * 200, [""] * 200, 0.1)
