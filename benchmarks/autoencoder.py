@@ -20,11 +20,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import command
 import torch
 from record import Row, this_command, write_record
 from torch import Tensor
 
-from imagekiln import api, signals
+from imagekiln import api
 from imagekiln import data as datasets
 from imagekiln.config import Recipe
 from imagekiln.core import Family
@@ -34,7 +35,6 @@ from imagekiln.engine.extractors import open_extractor
 from imagekiln.engine.models import Model, open_model
 from imagekiln.engine.run import Run
 from imagekiln.engine.tracker import Silent
-from imagekiln.errors import ImagekilnError
 from imagekiln.metrics import Regression, Similarity
 
 ARMS = {
@@ -93,13 +93,13 @@ def lengths(options: argparse.Namespace, dataset: datasets.Dataset) -> dict[str,
     rate = {}
     for arm in ARMS:
         rate[arm] = plan.measure(arm_recipe(options, arm, options.seeds[0], options.kimg), dataset).img_per_sec
-        _say(f"{arm}: {rate[arm]:.1f} img/s")
+        command.say(f"{arm}: {rate[arm]:.1f} img/s")
     return {arm: round(options.kimg * rate[arm] / min(rate.values()), 3) for arm in ARMS}
 
 
 def _train(recipe: Recipe, run: Run) -> Run:
     if run.status().get("state") != "finished":
-        _say(f"Training {run.path.name}: {recipe.train.total_kimg:g} kimg.")
+        command.say(f"Training {run.path.name}: {recipe.train.total_kimg:g} kimg.")
         api.train(recipe, "", run.path, listener=Silent())
     return run
 
@@ -187,14 +187,14 @@ def _unit_of(name: str) -> str:
 def work(options: argparse.Namespace) -> Path:
     """Train, measure, write."""
     dataset = datasets.load(recipes.resolve(options.recipe, _data(options), options.set).data)
-    _say(dataset.summary())
+    command.say(dataset.summary())
     train_judge(options, "judge-loss", LOSS_SEED)
     other = open_model(
         train_judge(options, "judge-measuring", MEASURING_SEED, f"family.width={MEASURING_WIDTH}"), device="cpu"
     )
     n = min(options.n, len(dataset.validation))
     x = datasets.to_float(dataset.validation.read(range(n)).images)
-    network = open_extractor(options.features, dataset.train.image_shape, x, say=_say)
+    network = open_extractor(options.features, dataset.train.image_shape, x, say=command.say)
     distances = {
         "distance in another judge's maps": lambda a, b: maps_distance(other.family, a, b),
         f"distance in {options.features.partition(':')[0]}": lambda a, b: features_distance(network, a, b),
@@ -240,19 +240,8 @@ def _accuracy(judge: Model, dataset: datasets.Dataset) -> float:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Do it all; errors of imagekiln end in one sentence and their exit code."""
-    options = parser().parse_args(given)
-    try:
-        with signals.handled():
-            print(work(options))
-    except ImagekilnError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr, flush=True)
+    """The exit code; given: the arguments, None = those of the process."""
+    return command.run(parser(), work, given)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import command
 import numpy as np
 import torch
 from emoji_matcher import Matcher, changed, coarse, matcher_of
@@ -35,17 +36,16 @@ from quality_per_minute import Logbook, our_seconds
 from record import Row, this_command, write_record
 from torch import Tensor
 
-from imagekiln import api, signals
+from imagekiln import api
 from imagekiln import data as datasets
 from imagekiln.config import DataConfig, read_toml
 from imagekiln.core import mix
 from imagekiln.data import to_float, to_uint8
 from imagekiln.engine import pictures
-from imagekiln.engine.evaluate import hash_of
 from imagekiln.engine.generate import draw
-from imagekiln.engine.models import Model, open_model
+from imagekiln.engine.models import Model, hash_of, open_model
 from imagekiln.engine.run import Run
-from imagekiln.errors import ImagekilnError, UsageError
+from imagekiln.errors import UsageError
 
 NAMES = 20
 """Names to choose from."""
@@ -191,7 +191,7 @@ def prepared_set(options: argparse.Namespace) -> Path:
     """The prepared set, made if it is not there."""
     folder = options.prepared or options.runs / "set"
     if not datasets.is_prepared(folder):
-        _say(f"Preparing {options.data} in {folder}.")
+        command.say(f"Preparing {options.data} in {folder}.")
         api.prepare(options.data, folder, size=options.size, report=False)
     return folder
 
@@ -213,7 +213,7 @@ def trained_run(options: argparse.Namespace, seed: int, folder: Path, dataset: d
                 logbook.note()
     run = Run.open(run.path)
     if run.status().get("state") != "finished":
-        _say(f"{run.path} is not finished; what it has so far is measured.")
+        command.say(f"{run.path} is not finished; what it has so far is measured.")
     if run.meta().get("data_fingerprint") != dataset.fingerprint:
         raise UsageError(f"{run.path} was trained on other pictures than those of {folder}. Give --prepared or --runs.")
     return run
@@ -292,7 +292,7 @@ def measure_run(
     """What the matcher says about a run's pictures, the pictures by kind, and the weights that drew them."""
     model = open_model(run, nimg)
     concepts = [one.concept for one in asked]
-    _say(f"Drawing {len(asked) * (len(KINDS) + 1)} pictures with {model.weights}.")
+    command.say(f"Drawing {len(asked) * (len(KINDS) + 1)} pictures with {model.weights}.")
     by_kind = {kind: drawn(model, asked, kind) for kind in (*KINDS, SEEN)}
     right = {kind: judge(images, concepts, lineup) for kind, images in by_kind.items()}
     wrong = {kind: judge(by_kind[kind], _rolled(concepts), lineup.wrong()) for kind in KINDS}
@@ -357,7 +357,7 @@ def work(options: argparse.Namespace) -> Path | None:
     """Train, draw, judge, write."""
     folder = prepared_set(options)
     dataset = datasets.load(DataConfig(path=str(folder)))
-    _say(dataset.summary())
+    command.say(dataset.summary())
     concepts, held = (read_concepts(options.data, side) for side in (dataset.train, dataset.validation))
     asked = choose(concepts, options.concepts)
     if len(asked) < options.concepts:
@@ -369,7 +369,7 @@ def work(options: argparse.Namespace) -> Path | None:
         refuse_trained(asked, dataset.train.captions or (), kept)
     every = dataset.train.read(range(len(concepts))).images
     texts = [[one.name, *one.tags] for one in concepts]
-    judge = Judge(matcher_of(every, texts, options.matcher_seed, say=_say), concepts)
+    judge = Judge(matcher_of(every, texts, options.matcher_seed, say=command.say), concepts)
     chosen = [one.concept for one in asked]
     lineup = Lineup.of(chosen, concepts, every)
     real = every[[one.row for one in chosen]]
@@ -411,21 +411,8 @@ def work(options: argparse.Namespace) -> Path | None:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Do it all; errors of imagekiln end in one sentence and their exit code."""
-    options = parser().parse_args(given)
-    try:
-        with signals.handled():
-            path = work(options)
-    except ImagekilnError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    if path is not None:
-        print(path)
-    return 0
-
-
-def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr, flush=True)
+    """The exit code; given: the arguments, None = those of the process."""
+    return command.run(parser(), work, given)
 
 
 if __name__ == "__main__":

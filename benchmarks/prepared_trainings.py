@@ -15,22 +15,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import command
 import ours
 from quality_per_minute import Logbook, our_seconds
 from record import Row, this_command, write_record
 from semi_supervised import run_verb
 
-from imagekiln import api, signals
+from imagekiln import api
 from imagekiln import data as datasets
 from imagekiln.config import DataConfig
 from imagekiln.core import mix
 from imagekiln.engine import pictures
 from imagekiln.engine.bench import BATCH, Bench
-from imagekiln.engine.evaluate import hash_of
 from imagekiln.engine.generate import draw
-from imagekiln.engine.models import open_model
+from imagekiln.engine.models import hash_of, open_model
 from imagekiln.engine.run import Run, write_whole
-from imagekiln.errors import ImagekilnError
 from imagekiln.metrics import Measurement
 
 FAMILIES = {"diffusion": ("family.widths=[16,32,64]",), "dcgan": ("family.width=32",)}
@@ -85,7 +84,7 @@ def measure(options: argparse.Namespace, bench: Bench, run: Run) -> dict[str, An
     if known["key"] == key:
         return known["found"]
     labels = bench.labels(count)
-    _say(f"Drawing {count} pictures of {run.path.parent.name} by {run.path.name}.")
+    command.say(f"Drawing {count} pictures of {run.path.parent.name} by {run.path.name}.")
     seeds = [mix("prepared-trainings", options.seed, index) for index in range(count)]
     with model.precision():
         images = draw(model.family, seeds, labels, getattr(model.family.config, "sample", None), BATCH)
@@ -125,9 +124,9 @@ def work(options: argparse.Namespace) -> Path:
     for source in options.data:
         out = prepared(options, source)
         dataset = datasets.load(DataConfig(path=str(out.absolute())))
-        _say(dataset.summary())
+        command.say(dataset.summary())
         runs = {family: train(options, out, family) for family in FAMILIES}
-        bench = Bench(dataset, "auto", 0, _say, "")
+        bench = Bench(dataset, "auto", 0, command.say, "")
         found = {family: measure(options, bench, run) for family, run in runs.items()}
         facts[source.name] = {"summary": dataset.summary(), "fingerprint": dataset.fingerprint, "runs": found}
         for family, one in found.items():
@@ -144,19 +143,8 @@ def work(options: argparse.Namespace) -> Path:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Do it all; errors of imagekiln end in one sentence and their exit code."""
-    options = parser().parse_args(given)
-    try:
-        with signals.handled():
-            print(work(options))
-    except ImagekilnError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr, flush=True)
+    """The exit code; given: the arguments, None = those of the process."""
+    return command.run(parser(), work, given)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import command
 import ours
 import peer
 import torch
@@ -33,13 +34,12 @@ from imagekiln.core import mix
 from imagekiln.engine import plan
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine.bench import BATCH, Bench
-from imagekiln.engine.evaluate import hash_of
 from imagekiln.engine.generate import draw
 from imagekiln.engine.inputs import begin
-from imagekiln.engine.models import open_model
+from imagekiln.engine.models import hash_of, open_model
 from imagekiln.engine.run import Run, write_whole
 from imagekiln.engine.tracker import Silent
-from imagekiln.errors import ImagekilnError, UsageError
+from imagekiln.errors import UsageError
 from imagekiln.metrics import Measurement, weights_hash
 
 CHECKPOINT_SEC = 60.0
@@ -103,10 +103,10 @@ class Logbook(Silent):
         if "img_per_sec" in row and time.monotonic() - self._said_sec > CHECKPOINT_SEC:
             self._said_sec = time.monotonic()
             done, total = row["nimg"] / 1000, row["total_nimg"] / 1000
-            _say(f"{self.name}: {done:.1f} of {total:.1f} kimg, {row['img_per_sec']} img/s")
+            command.say(f"{self.name}: {done:.1f} of {total:.1f} kimg, {row['img_per_sec']} img/s")
 
     def say(self, sentence: str) -> None:
-        _say(f"{self.name}: {sentence}")
+        command.say(f"{self.name}: {sentence}")
 
     def note(self) -> None:
         """Write the seconds so far."""
@@ -187,7 +187,7 @@ def train_peer(options: argparse.Namespace, seed: int, dataset: datasets.Dataset
             )
         rate = steps_per_sec(lambda: peer_loop(recipe, dataset, seed, 100_000), options.budget)
         total_steps = max(1, round(rate * budget_sec))
-        _say(f"{PEER}, seed {seed}: {rate:.2f} steps/s, {total_steps} steps in {budget_sec / 60:.1f} minutes")
+        command.say(f"{PEER}, seed {seed}: {rate:.2f} steps/s, {total_steps} steps in {budget_sec / 60:.1f} minutes")
     loop = peer_loop(recipe, dataset, seed, total_steps)
     seconds = loop.restore(file)["seconds"] if file.is_file() else {"wall": 0.0, "cpu": 0.0}
     if loop.steps >= total_steps:
@@ -202,7 +202,7 @@ def train_peer(options: argparse.Namespace, seed: int, dataset: datasets.Dataset
                 loop.save(file, seconds=seconds, batch=recipe.train.batch)
                 stopwatch, saved_sec = Stopwatch(seconds["wall"], seconds["cpu"]), time.monotonic()
                 so_far = f"{loop.steps} of {total_steps} steps, {seconds['wall']:.0f} s"
-                _say(f"{PEER}, seed {seed}: {so_far}, loss {loss:.4f}")
+                command.say(f"{PEER}, seed {seed}: {so_far}, loss {loss:.4f}")
             signals.raise_if_pending()
 
 
@@ -283,7 +283,7 @@ def _measured(
     known = _read_json(file)
     if known and known["key"] == key:
         return known["rows"]
-    _say(f"Drawing {count} pictures for {file.name}.")
+    command.say(f"Drawing {count} pictures for {file.name}.")
     bench.subject_hash = subject
     rows = [json.loads(row.to_json()) for row in bench.measure(pictures(), labels)]
     write_whole(file, json.dumps({"key": key, "rows": rows}) + "\n")
@@ -364,7 +364,7 @@ def work(options: argparse.Namespace) -> Path:
     """Train, measure, write."""
     recipe = our_recipe(options, options.seeds[0])
     dataset = datasets.load(recipe.data)
-    _say(dataset.summary())
+    command.say(dataset.summary())
     sampling = recipe.family.model_dump().get("sample", {})
     if options.peer and sampling and evaluations_of(sampling) > options.peer_evaluations:
         raise UsageError(
@@ -375,7 +375,7 @@ def work(options: argparse.Namespace) -> Path:
         train_ours(options, seed, dataset)
         if options.peer:
             train_peer(options, seed, dataset)
-    bench = Bench(dataset, options.features, recipe.eval.seed, _say, "")
+    bench = Bench(dataset, options.features, recipe.eval.seed, command.say, "")
     sides = {OURS: [measure_ours(options, seed, bench) for seed in options.seeds]}
     if options.peer:
         sides[PEER] = [measure_peer(options, seed, bench) for seed in options.seeds]
@@ -386,15 +386,8 @@ def work(options: argparse.Namespace) -> Path:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Do it all; errors of imagekiln end in one sentence and their exit code."""
-    options = parser().parse_args(given)
-    try:
-        with signals.handled():
-            print(work(options))
-    except ImagekilnError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
+    """The exit code; given: the arguments, None = those of the process."""
+    return command.run(parser(), work, given)
 
 
 # -- small parts ------------------------------------------------------------------------------------------------------
@@ -421,10 +414,6 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

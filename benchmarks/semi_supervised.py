@@ -30,6 +30,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import command
 import numpy as np
 import ours
 import torch
@@ -37,7 +38,7 @@ from quality_per_minute import Logbook, our_seconds
 from record import Row, this_command, write_record
 from torch import Tensor
 
-from imagekiln import api, signals
+from imagekiln import api
 from imagekiln import data as datasets
 from imagekiln.config import DataConfig, Recipe
 from imagekiln.core import UNLABELLED, mix
@@ -45,11 +46,10 @@ from imagekiln.data import builtin
 from imagekiln.engine import extractors, pictures
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine.bench import BATCH, Bench
-from imagekiln.engine.evaluate import hash_of
 from imagekiln.engine.generate import draw
-from imagekiln.engine.models import open_model
+from imagekiln.engine.models import hash_of, open_model
 from imagekiln.engine.run import Run, write_whole
-from imagekiln.errors import DataError, ImagekilnError, UsageError
+from imagekiln.errors import DataError, UsageError
 from imagekiln.metrics import Measurement, Statistics, memorization, nearest, weights_hash, wilson
 
 ARMS = ("labelled", "unlabelled", "propagated", "accepted")
@@ -143,7 +143,7 @@ def run_verb(*arguments: object) -> None:
     """Run a verb of the command line; its sentences go on to our stderr."""
     words = [str(word) for word in arguments]
     line = " ".join(["imagekiln", *words])
-    _say(line if len(line) < LONGEST else f"{line[:LONGEST]} ...")
+    command.say(line if len(line) < LONGEST else f"{line[:LONGEST]} ...")
     program = [sys.executable, "-c", "from imagekiln.cli.main import main; main()", *words]
     if subprocess.run(program, stdout=sys.stderr, check=False).returncode:
         raise DataError(f"{line[:LONGEST]} failed; what it said stands above.")
@@ -214,7 +214,7 @@ def measure(options: argparse.Namespace, bench: Bench, seed: int, arm: str, path
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"key": None}
     if known["key"] == key:
         return known["found"]
-    _say(f"Drawing {count} pictures: {arm}, seed {seed}.")
+    command.say(f"Drawing {count} pictures: {arm}, seed {seed}.")
     own = [model.class_names.index(bench.dataset.train.class_names[label]) for label in labels]
     started = time.monotonic()
     with model.precision():
@@ -358,7 +358,7 @@ def work(options: argparse.Namespace) -> Path | None:
     if builtin.recognise(options.data) is None:
         raise UsageError(f"--data {options.data}: expected the published files of Fashion-MNIST or CIFAR-10.")
     published = datasets.load(DataConfig(path=str(options.data.absolute()), size=options.size))
-    bench = Bench(published, "classifier", 0, _say, "")
+    bench = Bench(published, "classifier", 0, command.say, "")
     arms: dict[str, list[dict[str, Any]]] = {arm: [] for arm in options.arms}
     for seed in options.seeds:
         lay_out(published, options, seed)
@@ -385,15 +385,8 @@ def work(options: argparse.Namespace) -> Path | None:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Do it all; errors of imagekiln end in one sentence and their exit code."""
-    options = parser().parse_args(given)
-    try:
-        with signals.handled():
-            print(work(options) or "No record was asked for.")
-    except ImagekilnError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
+    """The exit code; given: the arguments, None = those of the process."""
+    return command.run(parser(), work, given)
 
 
 # -- small parts ------------------------------------------------------------------------------------------------------
@@ -402,10 +395,6 @@ def main(given: Sequence[str] | None = None) -> int:
 def _as_csv(table: Sequence[tuple[str, ...]]) -> str:
     quoted = (",".join('"' + cell.replace('"', '""') + '"' for cell in row) for row in table)
     return "\n".join(quoted) + "\n"
-
-
-def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from imagekiln.engine import propagate as propagating
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine import show as showing
 from imagekiln.engine.codec import Codec, Coder
-from imagekiln.engine.inputs import begin
+from imagekiln.engine.inputs import begin, companion_hashes
 from imagekiln.engine.models import open_model
 from imagekiln.engine.run import Run, disk_faults
 from imagekiln.engine.tracker import Several, Silent, TensorBoard
@@ -410,6 +410,11 @@ def _continued(run: Run, wanted: Recipe, dataset: datasets.Dataset, minutes: flo
             f"The pictures differ from those {run.path} was trained on ({trained_on} -> {dataset.fingerprint}). "
             "Give the same --data, or another --out for a new run."
         )
+    if changed := sorted(dict(run.meta().get("companions", {}).items() ^ companion_hashes(wanted).items())):
+        raise UsageError(
+            f"family.{changed[0]}: that run is not what it was when {run.path} was started. Name the one it was, or "
+            "another --out for a new run."
+        )
     if minutes is not None:
         wanted = wanted.model_copy(
             update={"train": wanted.train.model_copy(update={"total_kimg": stored.train.total_kimg})}
@@ -449,6 +454,7 @@ def _meta(recipe: Recipe, dataset: datasets.Dataset) -> dict[str, Any]:
         "command": " ".join(["imagekiln", *sys.argv[1:]]) if sys.argv[0].endswith("imagekiln") else "python",
         "data_fingerprint": dataset.fingerprint,
         "data_summary": dataset.summary(),
+        "companions": companion_hashes(recipe),
         "average": recipe.train.averages[0].name if recipe.train.averages else None,
     }
 

@@ -144,6 +144,9 @@ class Family(nn.Module, ABC):
     draws: ClassVar[bool] = True
     """False for a family that is trained to judge pictures, not to make them: it has `features` and no `sample`."""
 
+    latents: ClassVar[bool] = False
+    """Whether it can learn a codec's latents: they are not bounded as pictures are, so neither is what it draws."""
+
     phases: Sequence[Phase]
     averaged: Sequence[str]
     """Names of the sub-modules that sampling uses: the ones the moving averages follow."""
@@ -170,7 +173,7 @@ class Family(nn.Module, ABC):
 
     @abstractmethod
     def sample(self, noise: Tensor, condition: Condition, options: Any = None) -> Tensor:
-        """Pictures from noise: images_BCHW float32; what is outside [-1, 1] is cut off.
+        """Pictures from noise: images_BCHW float32 in [-1, 1]; with `latents` of any size, and the engine cuts.
 
         noise: (B, *self.noise_shape()) standard normal, made from one seed a picture, so that picture i is the same
             whatever the batch size. Nothing random may be drawn inside.

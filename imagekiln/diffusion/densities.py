@@ -33,6 +33,17 @@ def stratified(offset: Tensor, batch: int) -> Tensor:
     return (offset.reshape(()) + torch.arange(batch, dtype=offset.dtype, device=offset.device) / batch) % 1
 
 
+def even(like: Tensor, levels: int) -> Tensor:
+    """The middles of `levels` equal parts of [0, 1], dealt in turn to pictures: (B,), on the device of `like`.
+
+    like: any tensor whose first axis is B.
+
+    >>> even(torch.zeros(3, 1), 2).tolist()
+    [0.25, 0.75, 0.25]
+    """
+    return (torch.arange(len(like), device=like.device) % levels + 0.5) / levels
+
+
 def log_normal(uniform_B: Tensor, mean: float = EDM_MEAN, std: float = EDM_STD) -> Tensor:
     """Log-normal noise, ln sigma ~ N(mean, std^2): sigma_B, uniform_B's dtype.
 

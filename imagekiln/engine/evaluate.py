@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from imagekiln.engine import recipe as recipes
 from imagekiln.engine.bench import BATCH, Bench
 from imagekiln.engine.generate import draw, invents, options_for, reconstructed
 from imagekiln.engine.inputs import in_words
-from imagekiln.engine.models import Model, open_model
+from imagekiln.engine.models import Model, hash_of, open_model
 from imagekiln.engine.run import Run
 from imagekiln.engine.tracker import Say
 from imagekiln.errors import UsageError
@@ -100,12 +99,6 @@ def _evaluate_folder(
     bench = Bench(dataset, features or "auto", seed, say, drawn.fingerprint, metrics or "default")
     count = min(n or len(drawn), len(drawn))
     return bench.measure(drawn.read(range(count)).images, None)
-
-
-def hash_of(path: Path) -> str:
-    """sha256 of a weights file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _reconstruction(model: Model, source: Source, provenance: Provenance) -> list[Measurement]:

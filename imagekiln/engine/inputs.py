@@ -8,6 +8,7 @@ Shapes: N pictures, B of them in a batch; X a row of text as the family takes it
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,9 +22,10 @@ from imagekiln.core import UNLABELLED, Batch, Family, Source, mix
 from imagekiln.data import Dataset
 from imagekiln.data.captions import reworded, varied
 from imagekiln.engine import recipe as recipes
+from imagekiln.engine import registry
 from imagekiln.engine.codec import Latents, latents
 from imagekiln.engine.generate import Wish, read
-from imagekiln.engine.models import named_codec, open_model
+from imagekiln.engine.models import Model, hash_of, named_codec, open_model
 from imagekiln.engine.run import Run
 from imagekiln.errors import RecipeError, UsageError
 
@@ -45,6 +47,11 @@ def begin(recipe: Recipe, dataset: Dataset, run: Run | None = None) -> Begun:
         RecipeError: family, pictures and recipe do not fit. UsageError: another run that the recipe names is not there,
         or a family that reads text finds neither captions nor classes.
     """
+    if recipe.data.codec and not registry.load(recipe.family.name).latents:
+        raise RecipeError(
+            f"data.codec: a {recipe.family.name} model draws between -1 and 1, and latents lie outside. Leave it out, "
+            "or train a diffusion model."
+        )
     codec = named_codec(recipe.data, dataset, run)
     train: Any = dataset.train
     held_out: Any = dataset.validation
@@ -55,7 +62,7 @@ def begin(recipe: Recipe, dataset: Dataset, run: Run | None = None) -> Begun:
     family.codec = codec
     for field in family.companions:
         if path := getattr(recipe.family, field):
-            family.companion[field] = _companion(field, path)
+            family.companion[field] = _companion(field, path).family
     captions = captions_of(train)
     wordings = recipe.data.wordings
     family.study([reworded(caption, 0, place, wordings=wordings) for place, caption in enumerate(captions or [])])
@@ -69,9 +76,19 @@ def begin(recipe: Recipe, dataset: Dataset, run: Run | None = None) -> Begun:
     return Begun(family, *(Told(source, family, recipe.data) for source in (train, held_out)))
 
 
-def _companion(field: str, path: str) -> Family:
+def companion_hashes(recipe: Recipe) -> dict[str, str]:
+    """sha256 of the weights of every other run that a recipe's family needs in training, by field.
+
+    Raises:
+        RecipeError: a run is not there.
+    """
+    named = {field: getattr(recipe.family, field) for field in registry.load(recipe.family.name).companions}
+    return {field: hash_of(_companion(field, path).weights) for field, path in named.items() if path}
+
+
+def _companion(field: str, path: str) -> Model:
     try:
-        return open_model(Run.open(path)).family
+        return open_model(Run.open(path))
     except UsageError as error:
         raise RecipeError(f"family.{field}: {error}") from None
 
@@ -111,7 +128,17 @@ class Told:
         self.captions: Sequence[str] = captions_of(source) or [""] * len(source)
         places: dict[str, int] = {}
         self._row_N = np.array([places.setdefault(caption, len(places)) for caption in self.captions], np.int64)
-        self._text_UX = read(family, list(places))
+        self._different = list(places)
+
+    @functools.cached_property
+    def _text_UX(self) -> Tensor:
+        """Every different caption, read when the first one is asked for: by then a checkpoint's vocabulary is back."""
+        return read(self.family, self._different)
+
+    @functools.cached_property
+    def choices(self) -> dict[int, list[str]]:
+        """Different captions by label, those of all pictures under `UNLABELLED`."""
+        return _choices(self)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -155,20 +182,24 @@ def in_words(family: Family, source: Any, labels: Sequence[int]) -> list[Wish]:
     source: whose captions these are; the k-th wish for a label is the k-th different caption of that label, and again
     the first when there are no more. A label of -1 stands for any picture.
     """
-    captions = captions_of(source)
-    if captions is None or family.read([""]) is None:
+    if family.read([""]) is None:
         return list(labels)
-    known = getattr(source, "labels_N", None)
-    numbers = [UNLABELLED] * len(captions) if known is None else known.tolist()
-    told: dict[int, dict[str, None]] = {UNLABELLED: {}}
-    for caption, label in zip(captions, numbers, strict=True):
-        if caption:
-            told[UNLABELLED][caption] = None
-            told.setdefault(label, {})[caption] = None
-    choices, asked = {label: list(some) for label, some in told.items()}, Counter[int]()
+    choices = source.choices if isinstance(source, Told) else _choices(source)
+    asked = Counter[int]()
     wanted: list[Wish] = []
     for label in labels:
         some = choices.get(label) or [""]
         wanted.append(some[asked[label] % len(some)])
         asked[label] += 1
     return wanted
+
+
+def _choices(source: Any) -> dict[int, list[str]]:
+    captions, labels_N = captions_of(source) or [], getattr(source, "labels_N", None)
+    labels = [UNLABELLED] * len(captions) if labels_N is None else labels_N.tolist()
+    told: dict[int, dict[str, None]] = {UNLABELLED: {}}
+    for caption, label in zip(captions, labels, strict=True):
+        if caption:
+            told[UNLABELLED][caption] = None
+            told.setdefault(label, {})[caption] = None
+    return {label: list(some) for label, some in told.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,6 +118,12 @@ def load_model(path: Path, device: str = "auto") -> Model:
             raise UsageError(f"{path} draws latents, and the codec that should lie beside its folder is missing.")
     prompts = tuple(json.loads(metadata.get("prompts", "[]")))
     return Model(family, recipe, tuple(json.loads(metadata["class_names"])), path, chosen, prompts)
+
+
+def hash_of(path: Path) -> str:
+    """sha256 of a weights file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_model(run: Run, nimg: int | None = None, average: str | None = None, device: str = "auto") -> Model:

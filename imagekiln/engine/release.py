@@ -22,9 +22,8 @@ from torch import Tensor
 from imagekiln.core import mix
 from imagekiln.data import to_float
 from imagekiln.engine import device as devices
-from imagekiln.engine.evaluate import hash_of
 from imagekiln.engine.generate import draw, options_for
-from imagekiln.engine.models import Model
+from imagekiln.engine.models import Model, hash_of
 from imagekiln.engine.run import Run, write_whole
 from imagekiln.engine.tracker import Say
 from imagekiln.errors import UsageError

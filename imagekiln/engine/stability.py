@@ -30,10 +30,9 @@ from imagekiln.engine import recipe as recipes
 from imagekiln.engine import verdict as judging
 from imagekiln.engine.agreement import differences, paired_distance, same_seed_distance, tiles, unrelated_distance
 from imagekiln.engine.bench import BATCH, Bench
-from imagekiln.engine.evaluate import hash_of
 from imagekiln.engine.generate import draw, labels_for, options_for
 from imagekiln.engine.inputs import in_words
-from imagekiln.engine.models import Model, open_model
+from imagekiln.engine.models import Model, hash_of, open_model
 from imagekiln.engine.run import Run
 from imagekiln.engine.tracker import Say
 from imagekiln.engine.verdict import Ending, Estimate, Pair, RunRow, Spread, Verdict

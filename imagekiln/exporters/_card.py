@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from imagekiln.engine.evaluate import hash_of
-from imagekiln.engine.models import Model
+from imagekiln.engine.models import Model, hash_of
 from imagekiln.engine.run import Run, disk_faults, write_whole
 
 PICTURE = "samples.png"

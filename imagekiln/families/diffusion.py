@@ -21,9 +21,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from imagekiln.config import AUGMENT_LABELS, FamilyConfig, Fraction, Section
+from imagekiln.config import AUGMENT_LABELS, FamilyConfig, Fraction
 from imagekiln.core import Batch, Condition, Family, HeldOut, Loss, Phase, Progress, seeded_noise
-from imagekiln.diffusion import densities, guidance, paths, samplers
+from imagekiln.diffusion import densities, paths, samplers
+from imagekiln.diffusion.drawing import Drawing, draw
 from imagekiln.errors import RecipeError, UsageError
 from imagekiln.nets.unet import UNet, UNetConfig
 
@@ -32,16 +33,6 @@ DENOISING_SIGMA = 0.5
 
 HELD_OUT_LEVELS = 8
 """Noise levels of the held-out loss."""
-
-
-class Options(Section):
-    """How pictures are drawn."""
-
-    sampler: Literal["dpmpp_2m", "heun", "euler", "ddim"] = "dpmpp_2m"
-    steps: int = Field(18, ge=1, le=1000)
-    guidance: float = Field(1.0, ge=0, le=20, description="1 = none; larger follows the label more closely")
-    guidance_low: float = Field(0.0, ge=0, description="guide only where the noise level is above this")
-    guidance_high: float = Field(1e9, gt=0, description="and not above this")
 
 
 class DiffusionConfig(FamilyConfig):
@@ -60,7 +51,7 @@ class DiffusionConfig(FamilyConfig):
     augment_condition: bool = Field(
         False, description="tell the net what data.augment did to each picture, so that drawn ones do not show it"
     )
-    sample: Options = Options()
+    sample: Drawing = Drawing()
 
 
 class Diffusion(Family):
@@ -68,6 +59,7 @@ class Diffusion(Family):
 
     Config = DiffusionConfig
     optimizers = {"unet": {"name": "adamw", "lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.01}}
+    latents = True
     monitor = "denoise"
     phases = (Phase("denoise", trains=("unet",)),)
     averaged = ("unet",)
@@ -115,8 +107,7 @@ class Diffusion(Family):
     def held_out(self, batch: Batch, progress: Progress) -> Mapping[str, HeldOut]:
         """The loss of each picture at one of `HELD_OUT_LEVELS` noise levels, which divide the density evenly."""
         x, config = batch.images, self.config
-        place_B = (torch.arange(len(x), device=x.device) % HELD_OUT_LEVELS + 0.5) / HELD_OUT_LEVELS
-        sigma_B = densities.log_normal(place_B, config.density_mean, config.density_std)
+        sigma_B = densities.log_normal(densities.even(x, HELD_OUT_LEVELS), config.density_mean, config.density_std)
         eps = torch.randn_like(x)
         labels_B = self._labels(batch.labels, len(x), x.device)
         output = self.unet(self.path.diffuse(x, eps, sigma_B), self.path.time(sigma_B), labels_B)
@@ -124,20 +115,15 @@ class Diffusion(Family):
         return {"denoise": HeldOut(error.square().flatten(1).mean(1), sigma_B)}
 
     def drawing_cost(self) -> float:
-        sample = self.config.sample
-        calls = sample.steps * (2 if sample.sampler == "heun" else 1)
-        return calls * (2 if self.num_classes and sample.guidance != 1 else 1) / 3
+        return self.config.sample.cost(guided=self.num_classes > 0)
 
     @torch.no_grad()
-    def sample(self, noise: Tensor, condition: Condition, options: Options | None = None) -> Tensor:
+    def sample(self, noise: Tensor, condition: Condition, options: Drawing | None = None) -> Tensor:
         options = options or self.config.sample
         labels_B = self._labels(condition.labels, len(noise), noise.device)
-        denoise = self._denoiser(labels_B)
-        if labels_B is not None and options.guidance != 1:
-            null_B = torch.full_like(labels_B, self.num_classes)
-            interval = (options.guidance_low, options.guidance_high)
-            denoise = guidance.guide(denoise, self._denoiser(null_B), options.guidance, interval)
-        return samplers.sampler(options.sampler)(denoise, noise, samplers.sigmas(options.steps), self.path)
+        null_B = None if labels_B is None else torch.full_like(labels_B, self.num_classes)
+        weaker = None if null_B is None else self._denoiser(null_B)
+        return draw(noise, self.path, options, self._denoiser(labels_B), weaker)
 
     def noise_shape(self) -> tuple[int, ...]:
         return self.image_shape

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from imagekiln.config import FamilyConfig, Fraction, Section
 from imagekiln.core import Batch, Condition, Family, HeldOut, Loss, Phase, Progress
-from imagekiln.diffusion import densities, guidance, paths, samplers
+from imagekiln.diffusion import densities, paths, samplers
+from imagekiln.diffusion.drawing import Drawing, draw
 from imagekiln.nets.clip_text import BYTES, MARKS, TextEncoder
 from imagekiln.nets.conditioned import denoiser
 
@@ -29,14 +30,10 @@ HELD_OUT_LEVELS = 8
 """Noise levels of the held-out loss."""
 
 
-class Options(Section):
+class Options(Drawing):
     """How pictures are drawn."""
 
-    sampler: Literal["dpmpp_2m", "heun", "euler", "ddim"] = "dpmpp_2m"
-    steps: int = Field(18, ge=1, le=1000)
     guidance: float = Field(3.0, ge=0, le=20, description="1 = none; larger follows the words more closely")
-    guidance_low: float = Field(0.0, ge=0, description="guide only where the noise level is above this")
-    guidance_high: float = Field(1e9, gt=0, description="and not above this")
     guidance_rescale: Fraction = Field(0.0, description="how much of the contrast that guidance adds is taken back")
     negative_prompt: str = Field("", description="what the pictures should not show")
 
@@ -76,6 +73,7 @@ class StableDiffusion(Family):
         "text": {"width": 32, "layers": 2, "context": 8, "vocabulary": 520},
         "sample": {"steps": 4},
     }
+    latents = True
     monitor = "denoise"
     phases = (Phase("denoise", trains=("denoiser", "text")),)
     averaged = ("denoiser", "text")
@@ -109,25 +107,20 @@ class StableDiffusion(Family):
     def held_out(self, batch: Batch, progress: Progress) -> Mapping[str, HeldOut]:
         """The loss of each picture at one of `HELD_OUT_LEVELS` noise levels, which divide the density evenly."""
         x, config = batch.images, self.config
-        place_B = (torch.arange(len(x), device=x.device) % HELD_OUT_LEVELS + 0.5) / HELD_OUT_LEVELS
-        sigma_B = densities.log_normal(place_B, config.density_mean, config.density_std)
+        sigma_B = densities.log_normal(densities.even(x, HELD_OUT_LEVELS), config.density_mean, config.density_std)
         error = self._error(x, sigma_B, self._tokens(batch.text, len(x)))
         return {"denoise": HeldOut(error.flatten(1).mean(1), sigma_B)}
 
     def drawing_cost(self) -> float:
-        sample = self.config.sample
-        return sample.steps * (2 if sample.sampler == "heun" else 1) * (2 if sample.guidance != 1 else 1) / 3
+        return self.config.sample.cost(guided=True)
 
     @torch.no_grad()
     def sample(self, noise: Tensor, condition: Condition, options: Options | None = None) -> Tensor:
         options = options or self.config.sample
-        denoise = self._denoiser(self._tokens(condition.text, len(noise)))
-        if options.guidance != 1:
-            negative = self.read([options.negative_prompt]).to(noise.device).expand(len(noise), -1)
-            interval = (options.guidance_low, options.guidance_high)
-            weaker = self._denoiser(negative)
-            denoise = guidance.guide(denoise, weaker, options.guidance, interval, options.guidance_rescale)
-        return samplers.sampler(options.sampler)(denoise, noise, samplers.sigmas(options.steps), self.path)
+        told = self._denoiser(self._tokens(condition.text, len(noise)))
+        negative_BL = self.read([options.negative_prompt]).to(noise.device).expand(len(noise), -1)
+        weaker = self._denoiser(negative_BL) if options.guidance != 1 else None
+        return draw(noise, self.path, options, told, weaker, options.guidance_rescale)
 
     def noise_shape(self) -> tuple[int, ...]:
         return self.image_shape

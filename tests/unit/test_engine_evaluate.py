@@ -11,7 +11,7 @@ import torch
 
 from imagekiln import api, data
 from imagekiln.config import DataConfig
-from imagekiln.engine import compare, evaluate, judges
+from imagekiln.engine import compare, evaluate, judges, models
 from imagekiln.engine.run import Run
 from imagekiln.errors import UsageError
 from imagekiln.metrics import wilson
@@ -75,7 +75,7 @@ def test_wrong_labels_are_seen(bench: evaluate.Bench) -> None:
 def test_judge_is_trained_once_and_two_judges_differ(bench: evaluate.Bench) -> None:
     first, again, second = (judges.judge(bench.dataset, number, lambda sentence: None) for number in (0, 0, 1))
     assert first.weights == again.weights
-    assert evaluate.hash_of(first.weights) != evaluate.hash_of(second.weights)
+    assert models.hash_of(first.weights) != models.hash_of(second.weights)
 
 
 def test_a_run_keeps_its_measurements(tmp_path: Path) -> None:

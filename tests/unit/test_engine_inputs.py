@@ -132,6 +132,41 @@ def test_what_cannot_be_a_codec_is_refused(photos: Path, coder: Path, tmp_path: 
         begun(made(photos, data={"codec": str(coder), "augment": {"rotate": 10}}))
 
 
+def test_latents_are_for_families_that_are_not_bounded(photos: Path, coder: Path):
+    with pytest.raises(RecipeError, match=r"data\.codec: a dcgan model draws between -1 and 1"):
+        begun(made(photos, "dcgan", data={"codec": str(coder)}, family={}))
+
+
+def test_a_companion_that_changed_is_refused(photos: Path, tmp_path: Path):
+    judge, out = tmp_path / "judge", tmp_path / "run"
+    small = {"total_kimg": 0.008, "batch": 8, "doctor": "off"}
+    labelled = tmp_path / "labelled"
+    for name in NAMES:
+        (labelled / name).mkdir(parents=True)
+    for place, photo in enumerate(sorted(photos.glob("*.png"))):
+        shutil.copy(photo, labelled / NAMES[place % 3])
+    imagekiln.train("classifier", data=labelled, out=judge, settings={"train": small})
+    family = {"kind": "tiny", "width": 8, "factor": 2, "blocks": 1, "perceptual": str(judge), "adversarial_weight": 0}
+    first = made(photos, "autoencoder", family=family, train=small)
+    imagekiln.train(first, data=photos, out=out)
+    longer = first.model_copy(update={"train": first.train.model_copy(update={"total_kimg": 0.016})})
+    assert imagekiln.train(longer, data=photos, out=out).status()["nimg"] == 16
+    shutil.rmtree(judge)
+    imagekiln.train("classifier", data=labelled, out=judge, settings={"train": small | {"seed": 1}})
+    with pytest.raises(UsageError, match=r"family\.perceptual: that run is not what it was"):
+        imagekiln.train(longer, data=photos, out=out)
+
+
+def test_an_autoencoder_is_measured_by_what_it_gives_back(photos: Path, tmp_path: Path):
+    family = {"width": 8, "factor": 2, "adversarial_weight": 0}
+    settings = {"total_kimg": 0.032, "batch": 8, "doctor": "off", "preview_kimg": 0.016}
+    run = imagekiln.train(made(photos, "autoencoder", family=family, train=settings), data=photos, out=tmp_path / "run")
+    found = {row.metric for row in imagekiln.evaluate(run, n=40, features="randconv")}
+    assert {"mse", "mae", "psnr"} <= found
+    assert not {"frechet", "coverage", "copy_ratio"} & found, "it draws nothing of its own"
+    assert len(list((run.path / "samples").glob("*.png"))) >= 2, "shown in pairs while it trains"
+
+
 # -- captions ---------------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from imagekiln.data.checks import captions, duplicates, labels, looks, outliers
+from imagekiln.data.checks import captions, duplicates, labels, looks, missing, outliers
 from imagekiln.data.checks.thresholds import CheckName, CleanConfig, Finding
 from imagekiln.data.survey import Survey
 
@@ -38,14 +38,14 @@ CHECKS: Mapping[str, tuple[Check, str]] = {
         "split. Drop them where one is enough.",
     ),
     "outlier": (outliers.outlier, "Unlike the rest of the set. Look whether they belong to it."),
-    "missing_label": (labels.missing, "Without a label where others have one: they train without a condition."),
+    "missing_label": (missing.label, "Without a label where others have one: they train without a condition."),
     "few_in_class": (labels.few_in_class, "Their class has too few pictures to be learned. Add some or join classes."),
     "two_labels": (labels.two_labels, "The same picture stands under two labels: at most one is right. Correct them."),
     "suspicious_label": (
         labels.suspicious_label,
         "A classifier trained on the other pictures is sure of another label. Look at these first; it may be wrong.",
     ),
-    "missing_caption": (captions.missing, "Without a caption where others have one: they train without a condition."),
+    "missing_caption": (missing.caption, "Without a caption where others have one: they train without a condition."),
     "empty_caption": (captions.empty, "The caption is empty: they train without a condition."),
     "repeated_caption": (captions.repeated, "Most captions are this one: it tells the model nothing."),
     "long_caption": (captions.too_long, "Longer than a text encoder reads: the rest is cut. Shorten them."),

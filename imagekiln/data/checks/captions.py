@@ -1,4 +1,4 @@
-"""Checks of captions: missing, empty, nearly all the same, too long, damaged."""
+"""Checks of captions: empty, nearly all the same, too long, damaged."""
 
 from __future__ import annotations
 
@@ -17,17 +17,6 @@ _WRONG_ENCODING = re.compile(
     "[\u00c2\u00c3][\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122]"
     "|\u00e2\u20ac[\u0080-\u00bf\u0152\u0153\u02dc\u2013-\u203a\u20ac\u2122]|\u00ef\u00bf\u00bd|\u00ef\u00bb\u00bf|\ufffd"
 )
-
-
-def missing(survey: Survey, config: CleanConfig) -> list[Finding]:
-    """No caption, in a set where others have one. value: 0."""
-    if all(text is None for text in survey.texts):
-        return []
-    return [
-        Finding("missing_caption", index, 0.0, 1.0, "no caption")
-        for index in survey.usable.tolist()
-        if survey.texts[index] is None
-    ]
 
 
 def empty(survey: Survey, config: CleanConfig) -> list[Finding]:

@@ -33,17 +33,6 @@ _BLOCK = 64
 _LEAST_SPREAD = 1e-3
 
 
-def missing(survey: Survey, config: CleanConfig) -> list[Finding]:
-    """No label, in a set where others have one. value: 0."""
-    if all(label is None for label in survey.labels):
-        return []
-    return [
-        Finding("missing_label", index, 0.0, 1.0, "no label")
-        for index in survey.usable.tolist()
-        if survey.labels[index] is None
-    ]
-
-
 def few_in_class(survey: Survey, config: CleanConfig) -> list[Finding]:
     """The class has fewer than `min_in_class` pictures. value: pictures in the class."""
     labels = {index: label for index in survey.usable.tolist() if (label := survey.labels[index]) is not None}

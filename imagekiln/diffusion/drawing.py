@@ -1,0 +1,51 @@
+"""Drawing with a denoiser: the settings that all families of diffusion share, and what is done with them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from imagekiln.config import Section
+from imagekiln.diffusion import guidance, samplers
+from imagekiln.diffusion.paths import Path
+
+
+class Drawing(Section):
+    """How pictures are drawn."""
+
+    sampler: Literal["dpmpp_2m", "heun", "euler", "ddim"] = "dpmpp_2m"
+    steps: int = Field(18, ge=1, le=1000)
+    guidance: float = Field(1.0, ge=0, le=20, description="1 = none; larger follows what is asked for more closely")
+    guidance_low: float = Field(0.0, ge=0, description="guide only where the noise level is above this")
+    guidance_high: float = Field(1e9, gt=0, description="and not above this")
+
+    def cost(self, guided: bool) -> float:
+        """Of a picture, in pictures trained on (`Family.drawing_cost`). guided: there is something to guide by."""
+        calls = self.steps * (2 if self.sampler == "heun" else 1)
+        return calls * (2 if guided and self.guidance != 1 else 1) / 3
+
+
+def draw(
+    noise: Tensor,
+    path: Path,
+    settings: Drawing,
+    denoise: samplers.Denoiser,
+    weaker: samplers.Denoiser | None = None,
+    rescale: float = 0.0,
+) -> Tensor:
+    """Pictures of noise, of its shape. weaker: what guidance turns away from; None = nothing to guide by.
+
+    rescale: see `guidance.rescaled`.
+
+    >>> import torch
+    >>> from imagekiln.diffusion.paths import RF
+    >>> draw(torch.randn(2, 3), RF(), Drawing(steps=4), lambda z, sigma_B: torch.ones_like(z))
+    tensor([[1., 1., 1.],
+            [1., 1., 1.]])
+    """
+    if weaker is not None:
+        interval = (settings.guidance_low, settings.guidance_high)
+        denoise = guidance.guide(denoise, weaker, settings.guidance, interval, rescale)
+    return samplers.sampler(settings.sampler)(denoise, noise, samplers.sigmas(settings.steps), path)
