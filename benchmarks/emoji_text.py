@@ -31,7 +31,7 @@ import command
 import numpy as np
 import torch
 from emoji_matcher import Matcher, changed, coarse, matcher_of
-from emoji_wordings import KINDS, SEEN, Asked, Concept, bag, choose, read_concepts, refuse_trained
+from emoji_wordings import KINDS, SEEN, Asked, Concept, Trained, bag, choose, read_concepts, refuse_trained
 from quality_per_minute import Logbook, our_seconds
 from record import Row, this_command, write_record
 from torch import Tensor
@@ -42,6 +42,7 @@ from imagekiln.config import DataConfig, read_toml
 from imagekiln.core import mix
 from imagekiln.data import to_float, to_uint8
 from imagekiln.engine import pictures
+from imagekiln.engine import recipe as recipes
 from imagekiln.engine.generate import draw
 from imagekiln.engine.models import Model, hash_of, open_model
 from imagekiln.engine.run import Run
@@ -194,6 +195,11 @@ def prepared_set(options: argparse.Namespace) -> Path:
         command.say(f"Preparing {options.data} in {folder}.")
         api.prepare(options.data, folder, size=options.size, report=False)
     return folder
+
+
+def shown(captions: Sequence[str], data: DataConfig) -> Trained:
+    """What a training with these settings may show of captions."""
+    return Trained(captions, data.tags_kept, data.wordings, data.word_dropout > 0)
 
 
 def trained_run(options: argparse.Namespace, seed: int, folder: Path, dataset: datasets.Dataset) -> Run:
@@ -359,14 +365,14 @@ def work(options: argparse.Namespace) -> Path | None:
     dataset = datasets.load(DataConfig(path=str(folder)))
     command.say(dataset.summary())
     concepts, held = (read_concepts(options.data, side) for side in (dataset.train, dataset.validation))
-    asked = choose(concepts, options.concepts)
+    captions = dataset.train.captions or ()
+    asked = choose(concepts, options.concepts, shown(captions, recipes.resolve(options.recipe, {}, options.set).data))
     if len(asked) < options.concepts:
         raise UsageError(f"--concepts {options.concepts}: only {len(asked)} have all three wordings.")
     runs = []
     for seed in () if options.matcher_only else options.seeds:
         runs.append(trained_run(options, seed, folder, dataset))
-        kept = read_toml(runs[-1].recipe_path)["data"].get("tags_kept", 1)
-        refuse_trained(asked, dataset.train.captions or (), kept)
+        refuse_trained(asked, shown(captions, recipes.complete(read_toml(runs[-1].recipe_path)).data))
     every = dataset.train.read(range(len(concepts))).images
     texts = [[one.name, *one.tags] for one in concepts]
     judge = Judge(matcher_of(every, texts, options.matcher_seed, say=command.say), concepts)

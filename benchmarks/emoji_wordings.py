@@ -1,9 +1,9 @@
 """Concepts of a set of named pictures, and ways to ask for them that training on its captions never shows.
 
-A caption is a name with tags after it, "red apple, fruit, food". Training keeps the name in front; of the tags it
-leaves out some and changes the order. What it can never show is a sentence around the name, the name's words in
-another order, tags before the name, or tags alone, and `Trained` says of any text whether it can. Every choice is a
-hash of names, so that it is the same for everybody.
+A caption is a name with tags after it, "red apple, fruit, food". Training leaves out parts and words, changes the
+order and puts captions into sentences, as its settings say; `Trained` says of any text whether it can be shown. What
+never is: other sentences around the name, the name's words in another order, tags before the name or tags alone, and
+where these may be shown too, sentences around them. Every choice is a hash of names, the same for everybody.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ KINDS = ("template", "reworded", "tags")
 SEEN = "name"
 """A wording of training, for comparison."""
 TEMPLATES = ("a picture of {name}", "please draw {name} for me", "this image shows {name}")
+OF_A_KIND, WITH = "what i want is a kind of {tag}: {name}", "something that has to do with {tags}"
+"""Sentences around what training may show without them."""
 FEWEST_TAGS, MOST_TAGS = 3, 5
 """Tags of a prompt without a name; more where so many do not tell the concept from all others."""
 
@@ -69,16 +71,22 @@ def read_concepts(folder: Path, source: Any) -> list[Concept]:
 class Trained:
     """Every text that training can make of these captions, compared word by word, whatever their commas.
 
-    kept: so many tags of a caption stay in front; of the others any may go, and they may change places.
+    kept: so many tags of a caption stay in front; of the others any may go, and they may change places. wordings: texts
+    that captions are put into. drops_words: any word may go.
 
     >>> Trained(["red apple, fruit, food"]).holds("red apple food fruit")
     True
     >>> Trained(["red apple, fruit, food"]).holds("food, red apple")
     False
+    >>> Trained(["red apple, fruit"], 0, ["draw {caption}"], drops_words=True).holds("draw fruit, apple")
+    True
     """
 
-    def __init__(self, told: Sequence[str], kept: int = 1) -> None:
-        self._known = []
+    def __init__(
+        self, told: Sequence[str], kept: int = 1, wordings: Sequence[str] = (), drops_words: bool = False
+    ) -> None:
+        self._around = [tuple(tuple(words(side)) for side in text.split("{caption}")) for text in wordings]
+        self._drops, self._known = drops_words, []
         for caption in dict.fromkeys(told):
             parts = [tuple(words(part)) for part in captions.tags(caption)]
             self._known.append((sum(parts[:kept], ()), parts[kept:]))
@@ -86,24 +94,44 @@ class Trained:
     def holds(self, text: str) -> bool:
         """Whether training may have shown this text."""
         told = tuple(words(text))
+        inside = [told]
+        for before, after in self._around:
+            end = len(told) - len(after)
+            if len(before) < end and told[: len(before)] == before and told[end:] == after:
+                inside.append(told[len(before) : end])
+        return any(self._shown(one, fixed, rest) for one in inside for fixed, rest in self._known if fixed or rest)
+
+    def _shown(self, told: tuple[str, ...], fixed: tuple[str, ...], rest: Sequence[tuple[str, ...]]) -> bool:
+        starts = range(len(fixed) + 1) if self._drops else [len(fixed)]
         return any(
-            told[: len(fixed)] == fixed and _made_of(told[len(fixed) :], rest)
-            for fixed, rest in self._known
-            if fixed or rest
+            _begins(told[:start], fixed, self._drops) and _made_of(told[start:], rest, self._drops) for start in starts
         )
 
 
-def _made_of(told: tuple[str, ...], parts: Sequence[tuple[str, ...]]) -> bool:
+def _begins(told: tuple[str, ...], part: tuple[str, ...], drops: bool) -> bool:
+    """Whether these words are the part, or where words may go some of it in its order."""
+    left = iter(part)
+    return all(word in left for word in told) if drops else told == part
+
+
+def _made_of(told: tuple[str, ...], parts: Sequence[tuple[str, ...]], drops: bool = False) -> bool:
     """Whether these words are some of the parts one after the other."""
-    return not told or any(
-        bool(part) and told[: len(part)] == part and _made_of(told[len(part) :], [*parts[:place], *parts[place + 1 :]])
-        for place, part in enumerate(parts)
-    )
+    if not told:
+        return True
+    for place, part in enumerate(parts):
+        others = [*parts[:place], *parts[place + 1 :]]
+        for taken in range(1, len(part) + 1) if drops else [len(part)]:
+            if taken and _begins(told[:taken], part, drops) and _made_of(told[taken:], others, drops):
+                return True
+    return False
 
 
-def choose(concepts: Sequence[Concept], count: int) -> list[Asked]:
-    """The first `count` concepts, in an order that names alone decide, for which there are all three wordings."""
-    trained = Trained([", ".join([concept.name, *concept.tags]) for concept in concepts])
+def choose(concepts: Sequence[Concept], count: int, trained: Trained | None = None) -> list[Asked]:
+    """The first `count` concepts, in an order that names alone decide, for which there are all three wordings.
+
+    trained: what training may show; None = captions with the name in front and without wordings.
+    """
+    trained = trained or Trained([", ".join([concept.name, *concept.tags]) for concept in concepts])
     same_words = Counter(bag(concept.name) for concept in concepts)
     told_N = [{tag.casefold() for tag in (concept.name, *concept.tags)} for concept in concepts]
     found: list[Asked] = []
@@ -125,7 +153,8 @@ def choose(concepts: Sequence[Concept], count: int) -> list[Asked]:
 
 
 def reworded(concept: Concept, trained: Trained, may_reorder: bool) -> str | None:
-    """The words of a name in another order; for one word, and for every second name, two tags before the name.
+    """The words of a name in another order; for one word, and for every second name, two tags before the name, or where
+    training may show that, a sentence with one.
 
     may_reorder: no other name has the same words.
     """
@@ -136,12 +165,15 @@ def reworded(concept: Concept, trained: Trained, may_reorder: bool) -> str | Non
             if text.casefold() != " ".join(plain).casefold() and not trained.holds(text):
                 return text
     before = _shuffled(_own_tags(concept), "before", concept.name)[:2]
-    text = ", ".join([*before, concept.name])
-    return None if len(before) < 2 or trained.holds(text) else text
+    if len(before) < 2:
+        return None
+    texts = ", ".join([*before, concept.name]), OF_A_KIND.format(tag=before[0], name=concept.name)
+    return next((text for text in texts if not trained.holds(text)), None)
 
 
 def tags_alone(concept: Concept, trained: Trained, others: Sequence[set[str]]) -> str | None:
     """Some of a concept's tags in a random order, as many as no other concept has all of; None where there are none.
+    Where training may show tags alone, a sentence with them.
 
     others: name and tags of all other concepts, in small letters.
     """
@@ -149,8 +181,8 @@ def tags_alone(concept: Concept, trained: Trained, others: Sequence[set[str]]) -
     for count in range(min(MOST_TAGS, len(order)), len(order) + 1):
         some = {tag.casefold() for tag in order[:count]}
         if count >= FEWEST_TAGS and not any(some <= other for other in others):
-            text = ", ".join(order[:count])
-            return None if trained.holds(text) else text
+            texts = ", ".join(order[:count]), WITH.format(tags=" and ".join(order[:count]))
+            return next((text for text in texts if not trained.holds(text)), None)
     return None
 
 
@@ -170,9 +202,8 @@ def bag(name: str) -> tuple[str, ...]:
     return tuple(sorted(word for word in words(name) if word.isalnum()))
 
 
-def refuse_trained(asked: Sequence[Asked], told: Sequence[str], kept: int) -> None:
-    """Raise `UsageError` if a training on these captions may have shown a wording that counts as held out."""
-    trained = Trained(told, kept)
+def refuse_trained(asked: Sequence[Asked], trained: Trained) -> None:
+    """Raise `UsageError` if a training may have shown a wording that counts as held out."""
     for one in asked:
         for kind in KINDS:
             if trained.holds(one.prompts[kind]):

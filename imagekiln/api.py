@@ -362,6 +362,7 @@ def _resolve(recipe: str, data: str | Path, settings: Mapping[str, Any] | None, 
 
 def _with_codec(recipe: Recipe, run: Run, listener: Any) -> Recipe:
     """The recipe with its codec as a path; one that names a recipe is trained first, in a run beside this one."""
+    recipe = recipes.founded(recipe)
     codec = recipe.data.codec
     if not codec:
         return recipe
@@ -412,8 +413,8 @@ def _continued(run: Run, wanted: Recipe, dataset: datasets.Dataset, minutes: flo
         )
     if changed := sorted(dict(run.meta().get("companions", {}).items() ^ companion_hashes(wanted).items())):
         raise UsageError(
-            f"family.{changed[0]}: that run is not what it was when {run.path} was started. Name the one it was, or "
-            "another --out for a new run."
+            f"family.{changed[0]}: what it names is not what it was when {run.path} was started. Name that again, or "
+            "give another --out for a new run."
         )
     if minutes is not None:
         wanted = wanted.model_copy(

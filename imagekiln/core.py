@@ -141,6 +141,10 @@ class Family(nn.Module, ABC):
     companions: ClassVar[Sequence[str]] = ()
     """Fields of the `family` section that name the run of another model, which training needs beside this one."""
 
+    foundation: ClassVar[str] = ""
+    """Field of the `family` section that names a folder of pretrained weights, which stay there; "" for none. The
+    autoencoder in it is the codec, unless the recipe names another."""
+
     draws: ClassVar[bool] = True
     """False for a family that is trained to judge pictures, not to make them: it has `features` and no `sample`."""
 

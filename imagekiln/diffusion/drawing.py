@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -11,6 +12,9 @@ from imagekiln.config import Section
 from imagekiln.diffusion import guidance, samplers
 from imagekiln.diffusion.paths import Path
 
+NO_LIMIT = 1e9
+"""Stands for infinity, which JSON cannot write."""
+
 
 class Drawing(Section):
     """How pictures are drawn."""
@@ -19,7 +23,7 @@ class Drawing(Section):
     steps: int = Field(18, ge=1, le=1000)
     guidance: float = Field(1.0, ge=0, le=20, description="1 = none; larger follows what is asked for more closely")
     guidance_low: float = Field(0.0, ge=0, description="guide only where the noise level is above this")
-    guidance_high: float = Field(1e9, gt=0, description="and not above this")
+    guidance_high: float = Field(NO_LIMIT, gt=0, description="and not above this")
 
     def cost(self, guided: bool) -> float:
         """Of a picture, in pictures trained on (`Family.drawing_cost`). guided: there is something to guide by."""
@@ -34,10 +38,11 @@ def draw(
     denoise: samplers.Denoiser,
     weaker: samplers.Denoiser | None = None,
     rescale: float = 0.0,
+    grid: Tensor | None = None,
 ) -> Tensor:
     """Pictures of noise, of its shape. weaker: what guidance turns away from; None = nothing to guide by.
 
-    rescale: see `guidance.rescaled`.
+    rescale: see `guidance.rescaled`. grid: noise levels that are stepped through; None = those of EDM.
 
     >>> import torch
     >>> from imagekiln.diffusion.paths import RF
@@ -46,6 +51,7 @@ def draw(
             [1., 1., 1.]])
     """
     if weaker is not None:
-        interval = (settings.guidance_low, settings.guidance_high)
+        interval = (settings.guidance_low, settings.guidance_high if settings.guidance_high < NO_LIMIT else math.inf)
         denoise = guidance.guide(denoise, weaker, settings.guidance, interval, rescale)
-    return samplers.sampler(settings.sampler)(denoise, noise, samplers.sigmas(settings.steps), path)
+    levels = samplers.sigmas(settings.steps) if grid is None else grid
+    return samplers.sampler(settings.sampler)(denoise, noise, levels, path)

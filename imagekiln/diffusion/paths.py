@@ -39,7 +39,7 @@ def expand(sigma_B: Tensor, like: Tensor) -> Tensor:
 
 
 class Path(ABC):
-    """How signal fades into noise. Stateless; `VP` and `RF` are the two there are, `path(name)` finds them.
+    """How signal fades into noise. Stateless; `path(name)` finds the two by name, `VP` and `RF`.
 
     Everything but `time` and `sigma` works elementwise on tensors of any dtype and is differentiable. sigma may be 0
     and, except where the text says so, infinite.
@@ -132,6 +132,31 @@ class VP(Path):
 
     def sigma(self, time: Tensor) -> Tensor:
         return torch.tan(time * (math.pi / 2 / TIME_SCALE))
+
+
+class SteppedVP(VP):
+    """Variance preserving, told the numbers of the steps that a pretrained network learned (Ho et al. 2020).
+
+    betas_T: variances that step 0, 1, ... adds; sigma^2 = (1 - p) / p with p the product of all 1 - beta so far.
+
+    >>> path = SteppedVP(torch.tensor([0.5, 0.5], dtype=torch.float64))
+    >>> path.sigma_T.tolist(), path.time(torch.tensor([0.1, 1.6])).tolist()
+    ([1.0, 1.7320508075688772], [0.0, 1.0])
+    """
+
+    def __init__(self, betas_T: Tensor) -> None:
+        kept_T = torch.cumprod(1 - betas_T.double(), 0).clamp(min=1e-12)  # some schedules end in noise alone
+        self.sigma_T = ((1 - kept_T) / kept_T).sqrt()
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """The step whose ln sigma is nearest: the network has only seen whole ones."""
+        edges = (self.sigma_T[:-1] * self.sigma_T[1:]).sqrt().to(sigma.device)
+        return torch.bucketize(sigma.double().contiguous(), edges).to(sigma.dtype)
+
+    def sigma(self, time: Tensor) -> Tensor:
+        """time: in steps; a fraction is cut off."""
+        step = time.long().clamp(0, len(self.sigma_T) - 1)
+        return self.sigma_T.to(time.device)[step].to(time.dtype)
 
 
 class RF(Path):

@@ -28,6 +28,7 @@ from imagekiln.engine.generate import Wish, read
 from imagekiln.engine.models import Model, hash_of, named_codec, open_model
 from imagekiln.engine.run import Run
 from imagekiln.errors import RecipeError, UsageError
+from imagekiln.nets import pretrained
 
 
 class Begun(NamedTuple):
@@ -77,13 +78,17 @@ def begin(recipe: Recipe, dataset: Dataset, run: Run | None = None) -> Begun:
 
 
 def companion_hashes(recipe: Recipe) -> dict[str, str]:
-    """sha256 of the weights of every other run that a recipe's family needs in training, by field.
+    """Hashes of the weights that a recipe's family needs beside its own, by field: other runs', and pretrained ones.
 
     Raises:
         RecipeError: a run is not there.
     """
-    named = {field: getattr(recipe.family, field) for field in registry.load(recipe.family.name).companions}
-    return {field: hash_of(_companion(field, path).weights) for field, path in named.items() if path}
+    kind = registry.load(recipe.family.name)
+    named = {field: getattr(recipe.family, field) for field in kind.companions}
+    found = {field: hash_of(_companion(field, path).weights) for field, path in named.items() if path}
+    if kind.foundation:
+        found[kind.foundation] = pretrained.fingerprint(getattr(recipe.family, kind.foundation))
+    return found
 
 
 def _companion(field: str, path: str) -> Model:

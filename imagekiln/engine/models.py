@@ -18,6 +18,7 @@ from imagekiln.config import DataConfig, Recipe
 from imagekiln.core import Family, Source
 from imagekiln.data import Dataset
 from imagekiln.engine import device as devices
+from imagekiln.engine import published
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine.codec import Codec, Coder
 from imagekiln.engine.generate import Wish
@@ -148,6 +149,8 @@ def named_codec(data: DataConfig, dataset: Dataset, run: Run | None = None) -> C
             "Use data.flip, which also works on latents, or leave data.augment out."
         )
     codec = codec_of(run) if run is not None else None
+    if codec is None and (folder := published.folder_of(data.codec)) is not None:
+        codec = published.opened(folder, dataset.train.image_shape)
     codec = codec or _open_codec(data.codec)
     if dataset.train.image_shape != codec.image_shape:
         raise UsageError(
@@ -169,6 +172,8 @@ def _open_codec(path: str) -> Codec:
 
 
 def _load_codec(weights: Path, where: str) -> Codec:
+    if (codec := published.reopened(weights)) is not None:
+        return codec
     model = load_model(weights)
     if not isinstance(model.family, Coder):
         raise UsageError(

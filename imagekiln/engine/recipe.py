@@ -11,7 +11,7 @@ from typing import Any
 from imagekiln import optim
 from imagekiln.config import FamilyConfig, OptimizerConfig, Recipe, merge, override, parse, read_toml
 from imagekiln.core import Family
-from imagekiln.engine import registry
+from imagekiln.engine import published, registry
 from imagekiln.errors import RecipeError, did_you_mean
 
 _folder = Path(str(resources.files("imagekiln.recipes")))
@@ -79,6 +79,18 @@ def complete(values: Mapping[str, Any]) -> Recipe:
     if kind.train_defaults and isinstance(rest.get("train", {}), Mapping):
         rest["train"] = merge(kind.train_defaults, rest.get("train", {}))
     return parse(Recipe, {**rest, "family": family, "optim": optim}, "")
+
+
+def founded(recipe: Recipe) -> Recipe:
+    """The recipe of a family that learns from pretrained weights, with the full path of their folder and with the
+    autoencoder in it as codec; any other recipe as it is."""
+    field = registry.load(recipe.family.name).foundation
+    folder = Path(getattr(recipe.family, field)).expanduser() if field else None
+    if folder is None or not folder.is_dir():
+        return recipe
+    family = recipe.family.model_copy(update={field: str(folder.absolute())})
+    codec = recipe.data.codec or (str(folder.absolute()) if published.folder_of(str(folder)) else "")
+    return recipe.model_copy(update={"family": family, "data": recipe.data.model_copy(update={"codec": codec})})
 
 
 def remarks(recipe: Recipe) -> list[str]:

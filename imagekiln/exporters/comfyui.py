@@ -33,7 +33,7 @@ from imagekiln.engine.codec import Codec
 from imagekiln.engine.models import Model
 from imagekiln.engine.run import Run, write_whole
 from imagekiln.errors import UsageError
-from imagekiln.exporters import _coder, _comfyui_node, _comfyui_rules, _comfyui_tensors, _folder, _pipelines
+from imagekiln.exporters import _coder, _comfyui_node, _comfyui_rules, _comfyui_tensors, _folder, _pipelines, _tuned
 from imagekiln.exporters._card import write_card
 from imagekiln.nets.conditioned import Transformer
 
@@ -57,6 +57,8 @@ def write(model: Model, out: Path) -> dict[str, Any]:
     Raises:
         UsageError: ComfyUI would not take this model; the sentence says why. Or what is loaded back differs.
     """
+    if _tuned.is_tuned(model.family):
+        return _tuned.write(model, out, "comfyui")
     if _pipelines.reads_text(model.family):
         return _write_text_to_picture(model, out)
     if _coder.network_of(model.family) is None:

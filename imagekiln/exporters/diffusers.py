@@ -16,7 +16,7 @@ import torch
 from imagekiln.engine.codec import Codec
 from imagekiln.engine.models import Model
 from imagekiln.errors import UsageError
-from imagekiln.exporters import _coder, _folder, _pipelines
+from imagekiln.exporters import _coder, _folder, _pipelines, _tuned
 from imagekiln.exporters._card import write_card
 
 TOLERANCE = 1e-5
@@ -28,6 +28,8 @@ def write(model: Model, out: Path) -> dict[str, Any]:
     Raises:
         UsageError: the model has no part of that shape, diffusers is not installed, or what it computes differs.
     """
+    if _tuned.is_tuned(model.family):
+        return _tuned.write(model, out, "diffusers")
     if _pipelines.reads_text(model.family):
         return _write_text_to_picture(model, out)
     if _coder.network_of(model.family) is not None:

@@ -109,11 +109,9 @@ def moments(network: Any, images_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
     """(mean_BZhw, logvar_BZhw) float32 of pictures in [-1, 1]; no log-variance where the encoder says none."""
     if prefers_channels_last(images_BCHW):
         images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
-    z = network.encoder(images_BCHW)
-    if not hasattr(network, "quant_conv"):
-        return z.float(), None
-    z = network.quant_conv(z).float()
-    if "use_quant_conv" not in network.config:  # VQModel
+    z, conv = network.encoder(images_BCHW), getattr(network, "quant_conv", None)
+    z = (z if conv is None else conv(z)).float()
+    if "use_quant_conv" not in network.config:  # AutoencoderTiny and VQModel
         return z, None
     mean, logvar = z.chunk(2, dim=1)
     return mean, logvar.clamp(*LOGVAR_RANGE)
@@ -123,7 +121,7 @@ def pictures(network: Any, latents_BZhw: Tensor) -> Tensor:
     """images_BCHW float32 of latents, about in [-1, 1]; of codes for "vq"."""
     if prefers_channels_last(latents_BZhw):
         latents_BZhw = latents_BZhw.contiguous(memory_format=torch.channels_last)
-    if hasattr(network, "post_quant_conv"):
+    if getattr(network, "post_quant_conv", None) is not None:
         latents_BZhw = network.post_quant_conv(latents_BZhw)
     return network.decoder(latents_BZhw).float()
 

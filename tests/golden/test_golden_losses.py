@@ -45,6 +45,8 @@ def losses(name: str, folder: Path) -> list[float]:
     """The sum of the phases' losses at every step."""
     fields = registry.load(name).Config.model_fields
     family = {key: value for key, value in SMALL.items() if key in fields}
+    if foundation := registry.load(name).foundation:
+        family[foundation] = registry.load(name).check_settings[foundation]
     train = {"batch": 8, "total_kimg": 1.0, "precision": "fp32", "device": "cpu", "compile": "off"}
     recipe: Recipe = recipes.resolve(name, {"family": family, "train": train})
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from imagekiln.data.captions import tags, varied
+from imagekiln.data.captions import reworded, tags, varied
 from imagekiln.errors import UsageError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -90,14 +90,30 @@ def test_prompts_are_held_out_tell_the_concept_and_do_not_depend_on_the_order_of
 
 
 def test_a_run_that_may_have_seen_a_prompt_is_refused() -> None:
-    from emoji_wordings import choose, refuse_trained
+    from emoji_wordings import Trained, choose, refuse_trained
 
     concepts = _concepts()
     told = [", ".join([one.name, *one.tags]) for one in concepts]
     asked = choose(concepts, 100)
-    refuse_trained(asked, told, 1)
+    refuse_trained(asked, Trained(told))
+    loose = Trained(told, 0, ["a picture of {caption}"], drops_words=True)
     with pytest.raises(UsageError, match="not held out"):
-        refuse_trained(asked, told, 0)
+        refuse_trained(asked, loose)
+    others = choose(concepts, 100, loose)
+    assert {one.concept.name for one in others} < {one.concept.name for one in asked}, "a third had that template"
+    refuse_trained(others, loose)
+
+
+def test_every_text_of_a_training_with_wordings_is_known_as_one() -> None:
+    from emoji_wordings import Trained
+
+    wordings = ["a picture of {caption}", "{caption} emoji", "small {caption} icon"]
+    trained = Trained(CAPTIONS, 0, wordings, drops_words=True)
+    for caption, position in itertools.product(CAPTIONS, range(60)):
+        told = varied(caption, 3, position, dropout=0.5, shuffle=True, keep=0)
+        told = reworded(told, 3, position, dropout=0.3, wordings=wordings)
+        assert not told or trained.holds(told)
+    assert not any(trained.holds(text) for text in ("this shows red apple", "thing sweet", "a picture of pear"))
 
 
 # -- judging ----------------------------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def test_a_companion_that_changed_is_refused(photos: Path, tmp_path: Path):
     assert imagekiln.train(longer, data=photos, out=out).status()["nimg"] == 16
     shutil.rmtree(judge)
     imagekiln.train("classifier", data=labelled, out=judge, settings={"train": small | {"seed": 1}})
-    with pytest.raises(UsageError, match=r"family\.perceptual: that run is not what it was"):
+    with pytest.raises(UsageError, match=r"family\.perceptual: what it names is not what it was"):
         imagekiln.train(longer, data=photos, out=out)
 
 

@@ -1,0 +1,281 @@
+r"""What a pretrained model learned, in the files that other programs add to it, each proven with its stock pipeline.
+
+    lora, dora  `pytorch_lora_weights.safetensors`: A, B alpha / rank and lengths under diffusers' names of layers; and
+                under the names of kohya's scripts, which ComfyUI reads, A, B and alpha
+    word        `learned_embeds.safetensors`: the word and its numbers
+    full        the whole pipeline, as `save_pretrained` writes it
+
+The proof: the pipeline of `family.base` with the file loaded draws what our own sampler draws. U-Nets step there
+through `DDIMScheduler` with trailing steps, whose levels are exactly those of the network's steps; transformers through
+the `FlowMatchEulerDiscreteScheduler` of their folder.
+
+Shapes: B pictures, r rank, V tokens of a word, W numbers a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from imagekiln.diffusion import guidance, samplers
+from imagekiln.engine.models import Model
+from imagekiln.engine.run import disk_faults
+from imagekiln.errors import UsageError
+from imagekiln.exporters import _folder
+from imagekiln.exporters._card import write_card
+from imagekiln.nets.adapters import Adapters, LowRank, NewWord
+from imagekiln.nets.pretrained import RANDOM, Pretrained
+
+TOLERANCE = 1e-4
+"""Largest difference of a pixel, in [0, 1], between the pipeline's picture and ours."""
+
+PIPELINES = {"sd1": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline"}
+LORA, WORD = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
+STEPS, SCALE, NEGATIVE = 4, 3.0, "x"
+
+
+def is_tuned(family: Any) -> bool:
+    """Whether this family holds what a pretrained model learned."""
+    return isinstance(getattr(family, "base", None), Pretrained)
+
+
+def write(model: Model, out: Path, to: Literal["diffusers", "comfyui"]) -> dict[str, Any]:
+    """Write what was learned to `out` with a model card, prove it, and return the receipt.
+
+    Raises:
+        UsageError: the base has random weights, the format has no place for what was learned, or pictures differ.
+    """
+    family: Any = model.family
+    if family.base.folder.startswith(RANDOM):
+        raise UsageError(f"family.base = {family.base.folder!r} is nobody else's model, so nothing can be added to it.")
+    name = PIPELINES[family.base.kind]
+    path, code = _write_files(model, out, to)
+    difference, said = _proof(family, model.prompts, path, out, to)
+    if not difference <= TOLERANCE:
+        raise UsageError(
+            f"{path}: {said} That is more than {TOLERANCE:g}. Please report this with the versions `imagekiln doctor` "
+            "prints."
+        )
+    folder = str(path) if path.is_dir() else family.base.folder
+    absent = "".join(f", {part}=None" for part in _absent(family.base))
+    example = f"from diffusers import {name}\n\npipeline = {name}.from_pretrained({folder!r}{absent})\n{code}"
+    base = Path(family.base.folder).name
+    shown = example.replace(str(out), ".").replace(family.base.folder, base)  # where they lie here is nobody's business
+    limits = [f"It belongs to the model it was learned from ({base}); with others it draws something else."]
+    write_card(model, out, f"```python\n{shown}```", [said], limits)
+    return {
+        "format": to,
+        "path": str(path),
+        "difference": difference,
+        "pipeline": name,
+        "call": example,
+        "sentence": f"Written to {path}. {said}",
+    }
+
+
+def _write_files(model: Model, out: Path, to: str) -> tuple[Path, str]:
+    """What was written, and Python that adds it to a pipeline."""
+    family: Any = model.family
+    tuned, comfy = family.tuned, to == "comfyui"
+    if isinstance(tuned, Adapters):
+        path = out / "models" / "loras" / f"{out.name}.safetensors" if comfy else out / LORA
+        _folder.write_tensors(path, kohya_tensors(family) if comfy else lora_tensors(family))
+        return path, f"pipeline.load_lora_weights({str(path.parent)!r}, weight_name={path.name!r})\n"
+    if isinstance(tuned, NewWord):
+        path = out / "models" / "embeddings" / f"{out.name}.safetensors" if comfy else out / WORD
+        _folder.write_tensors(path, word_tensors(tuned))
+        return path, _word_example(tuned, path)
+    if comfy:
+        raise UsageError("ComfyUI is given changes of a model or a new word here. For a whole one use --to diffusers.")
+    pipeline = _pipeline(family, family.base.folder, out)
+    with _folder.quietly(), disk_faults(out):
+        for network, trained in tuned.items():
+            setattr(pipeline, _diffusers_name(family.base, network), trained)
+        pipeline.save_pretrained(out)
+    return out, ""
+
+
+def _proof(family: Any, prompts: Sequence[str], path: Path, out: Path, to: str) -> tuple[float, str]:
+    """The difference, and what was compared."""
+    tuned = family.tuned
+    if to == "comfyui" and family.base.kind != "sd3" and isinstance(tuned, Adapters) and tuned.lengths:
+        difference = _merged_difference(family, path)  # diffusers reads no lengths under these names
+        return difference, f"Changed by ComfyUI's rule, layers answer as ours do, but for {difference:.2g}."
+    difference = _difference(family, prompts, path, out)
+    same = f"{PIPELINES[family.base.kind]} draws with it what the model draws: with equal noise, {STEPS} steps and "
+    return difference, f"{same}guidance {SCALE:g}, pixels in [0, 1] differ by at most {difference:.2g}."
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def lora_tensors(family: Any) -> dict[str, Tensor]:
+    """Changes of layers under diffusers' names; their scale is within B."""
+    found: dict[str, Tensor] = {}
+    for key, part in _parts(family):
+        network, layer = key.split(".", 1)
+        name = f"{_diffusers_name(family.base, network)}.{layer}"
+        found[f"{name}.lora_A.weight"], found[f"{name}.lora_B.weight"] = part.down, part.up * part.scale
+        if part.length is not None:
+            found[f"{name}.lora_magnitude_vector"] = part.length
+    return found
+
+
+def kohya_tensors(family: Any) -> dict[str, Tensor]:
+    """Changes of layers under the names of kohya's scripts.
+
+    Raises:
+        UsageError: these have none for Stable Diffusion 3; ComfyUI reads diffusers' there.
+    """
+    if family.base.kind == "sd3":
+        return lora_tensors(family)
+    several = family.base.kind == "sdxl"
+    found: dict[str, Tensor] = {}
+    places = {"denoiser": "lora_unet", "text": "lora_te1" if several else "lora_te", "text_2": "lora_te2"}
+    for key, part in _parts(family):
+        network, layer = key.split(".", 1)
+        inside = layer if network == "denoiser" else f"text_model.{layer.removeprefix('text_model.')}"
+        name = f"{places[network]}_{inside.replace('.', '_')}"
+        rank = len(part.down)
+        found |= {f"{name}.lora_down.weight": part.down, f"{name}.lora_up.weight": part.up}
+        found[f"{name}.alpha"] = torch.tensor(part.scale * rank)
+        if part.length is not None:
+            found[f"{name}.dora_scale"] = part.length[:, None]
+    return found
+
+
+def word_tensors(word: NewWord) -> dict[str, Tensor]:
+    """The word's numbers: under the word itself, or by encoder where there are two."""
+    rows = dict(word.vectors.items())
+    if len(rows) == 1:
+        return {word.token: rows["text"]}
+    return {"clip_l": rows["text"], "clip_g": rows["text_2"]}
+
+
+def _word_example(word: NewWord, path: Path) -> str:
+    if len(word.vectors) == 1:
+        return f"pipeline.load_textual_inversion({str(path)!r})\n"
+    lines = [f"word = safetensors.torch.load_file({str(path)!r})"]
+    for name, number in (("clip_l", ""), ("clip_g", "_2")):
+        lines.append(
+            f"pipeline.load_textual_inversion(word[{name!r}], token={word.token!r}, "
+            f"text_encoder=pipeline.text_encoder{number}, tokenizer=pipeline.tokenizer{number})"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _parts(family: Any) -> list[tuple[str, LowRank]]:
+    return list(family.tuned.added().items())
+
+
+def _diffusers_name(base: Any, network: str) -> str:
+    if network == "denoiser":
+        return "transformer" if base.kind == "sd3" else "unet"
+    return f"text_encoder{network.removeprefix('text')}"
+
+
+def _absent(base: Any) -> tuple[str, ...]:
+    """Parts that a stock pipeline must be told are not there."""
+    return ("text_encoder_3", "tokenizer_3") if base.kind == "sd3" and len(base.encoders) < 3 else ()
+
+
+# -- the proof --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _difference(family: Any, known: Sequence[str], path: Path, out: Path) -> float:
+    """Largest difference of a pixel in [0, 1] between pictures of the stock pipeline with this file and our own."""
+    prompts = [*known, "a", ""][:2]
+    start = torch.randn(2, *family.image_shape, generator=torch.Generator().manual_seed(0))
+    pipeline = _loaded(family, path, out)
+    _, rows, columns = family.picture_shape
+    with _folder.quietly():
+        theirs = pipeline(
+            prompts,
+            negative_prompt=[NEGATIVE] * 2,
+            num_inference_steps=STEPS,
+            guidance_scale=SCALE,
+            latents=start.clone(),
+            height=rows,
+            width=columns,
+            output_type="pt",
+        ).images
+    return float((_drawn(family, prompts, start) - theirs).abs().max())
+
+
+@torch.no_grad()
+def _merged_difference(family: Any, path: Path) -> float:
+    """Largest difference of what changed layers answer to random numbers, ours and those that ComfyUI makes of a file:
+
+    W' = d (W + (alpha / r) B A) / |W + (alpha / r) B A|, row by row, with d the file's `dora_scale`.
+    """
+    tensors, worst = load_file(path), 0.0
+    for key, part in _parts(family):
+        network, name = key.split(".", 1)
+        layer = family.base.networks()[network].get_submodule(name)
+        begin = f"lora_unet_{name.replace('.', '_')}"
+        down, up, alpha, length = (
+            tensors[f"{begin}.{end}"] for end in ("lora_down.weight", "lora_up.weight", "alpha", "dora_scale")
+        )
+        weight = layer.weight + alpha / len(down) * up @ down
+        weight = weight * (length / weight.norm(dim=1, keepdim=True))
+        x = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(0))
+        family.base.added = {}
+        ours = part(x, layer(x), layer)
+        worst = max(worst, _folder.apart(ours, nn.functional.linear(x, weight, layer.bias)))
+    return worst
+
+
+def _drawn(family: Any, prompts: list[str], start: Tensor) -> Tensor:
+    """images_BCHW in [0, 1] of our own sampler, along the pipeline's levels and in float32."""
+    if family.base.noise.betas is None:
+        grid = family.grid(STEPS)
+    else:
+        last = len(family.path.sigma_T)
+        steps = [round(last - last * place / STEPS) - 1 for place in range(STEPS)]
+        grid = torch.cat([family.path.sigma_T[steps], torch.zeros(1, dtype=torch.float64)])
+    denoise = guidance.guide(
+        family.denoiser(family.read(prompts)), family.denoiser(family.read([NEGATIVE] * len(prompts))), SCALE
+    )
+    noise = start / family.path.scales(grid[:1])[1].item()
+    latents = samplers.euler(denoise, noise, grid, family.path)
+    images: Tensor = family.codec.decode(latents)
+    return images.clamp(-1, 1) / 2 + 0.5
+
+
+def _loaded(family: Any, path: Path, out: Path) -> Any:
+    """The stock pipeline with this file, or from this folder."""
+    tuned = family.tuned
+    pipeline = _pipeline(family, str(path) if path.is_dir() else family.base.folder, out)
+    with _folder.quietly():
+        if isinstance(tuned, Adapters):
+            pipeline.load_lora_weights(path.parent, weight_name=path.name)
+        if isinstance(tuned, NewWord):
+            rows = list(word_tensors(tuned).values())
+            for number, row in zip(("", "_2"), rows, strict=False):
+                encoder, tokenizer = (getattr(pipeline, f"{part}{number}") for part in ("text_encoder", "tokenizer"))
+                pipeline.load_textual_inversion(row, token=tuned.token, text_encoder=encoder, tokenizer=tokenizer)
+    if family.base.noise.betas is not None:
+        library = _folder.library(out)
+        about = {
+            "timestep_spacing": "trailing",
+            "set_alpha_to_one": True,
+            "clip_sample": False,
+            "rescale_betas_zero_snr": False,
+        }
+        pipeline.scheduler = library.DDIMScheduler.from_config(pipeline.scheduler.config, **about)
+    return pipeline
+
+
+def _pipeline(family: Any, folder: str, out: Path) -> Any:
+    kind = getattr(_folder.library(out), PIPELINES[family.base.kind])
+    with _folder.quietly():
+        absent = dict.fromkeys(_absent(family.base))
+        pipeline = kind.from_pretrained(folder, local_files_only=True, **absent).to(torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -1,0 +1,322 @@
+"""Fine-tuning: layouts of pretrained folders, what is learned, drawing as stock pipelines draw, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import imagekiln
+from imagekiln.core import Batch, Condition, Progress, seeded_noise
+from imagekiln.diffusion.paths import SteppedVP
+from imagekiln.engine import published
+from imagekiln.engine.models import open_model
+from imagekiln.errors import ImagekilnError, RecipeError, UsageError
+from imagekiln.families.fine_tune import FineTune, FineTuneConfig
+from imagekiln.nets import pretrained
+from imagekiln.nets.adapters import LowRank
+
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+
+PIPELINES = {"sd1": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline"}
+KINDS = tuple(PIPELINES)
+METHODS = ("lora", "dora", "full", "word")
+
+
+def write_base(folder: Path, kind: str) -> Path:
+    """A tiny pretrained model of real classes, written as diffusers writes it."""
+    parts = pretrained.random_parts(kind)
+    torch.manual_seed(1)
+    parts["vae"] = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=0.5,
+        shift_factor=0.1 if kind == "sd3" else None,
+    )
+    if kind == "sd3":
+        parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+        parts |= {"text_encoder_3": None, "tokenizer_3": None}
+    else:
+        parts["scheduler"] = diffusers.DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
+        )
+    if kind == "sd1":
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    getattr(diffusers, PIPELINES[kind])(**parts).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base of every layout."""
+    return {kind: write_base(tmp_path_factory.mktemp("bases") / kind, kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight pictures of 16 pixels with captions."""
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    rows = ["file_name,text"]
+    for index in range(10):
+        pixels = rng.integers(0, 60, (16, 16, 3))
+        pixels[..., index % 3] += 180
+        Image.fromarray(pixels.astype(np.uint8)).save(root / f"{index}.png")
+        rows.append(f"{index}.png,a <new> {('red', 'green', 'blue')[index % 3]} square")
+    (root / "metadata.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def family(kind: str = "sd1", **settings: object) -> FineTune:
+    torch.manual_seed(0)
+    settings = {"base": f"random:{kind}", "rank": 2, "alpha": 2.0, "word": {"start": "o"}} | settings
+    return FineTune(FineTuneConfig(**settings), (4, 8, 8), 0)
+
+
+def batch(model: FineTune, count: int = 2) -> Batch:
+    images = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    return Batch(images, text=model.read(["a <new> cat", "a dog"])[:count])
+
+
+def trained(bases: dict, photos: Path, out: Path, kind: str, method: str, kimg: float = 0.008, **more: object):
+    train = {"total_kimg": kimg, "batch": 4, "doctor": "off", "precision": "fp32", "warmup_fraction": 0.0}
+    settings = {
+        "family": {
+            "base": str(bases[kind]),
+            "method": method,
+            "rank": 2,
+            "word": {"start": "o"},
+            "sample": {"steps": 2},
+        }
+        | more,
+        "train": train,
+        "optim": {"tuned": {"lr": 1e-2}},
+    }
+    return imagekiln.train("fine_tune", data=photos, out=out, settings=settings)
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_steps_have_the_noise_of_their_betas():
+    betas = torch.linspace(1e-4, 0.02, 50, dtype=torch.float64)
+    path = SteppedVP(betas)
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=50, beta_start=1e-4, beta_end=0.02)
+    kept = scheduler.alphas_cumprod.double()
+    assert torch.allclose(path.sigma_T, ((1 - kept) / kept).sqrt(), rtol=1e-4)
+    steps = torch.arange(50).float()
+    assert torch.equal(path.time(path.sigma(steps)), steps)
+    assert path.time(torch.tensor([0.0, 1e9])).tolist() == [0.0, 49.0]
+    x, eps = torch.randn(2, 3), torch.randn(2, 3)
+    ours = path.diffuse(x, eps, path.sigma(torch.tensor([7.0, 42.0])))
+    assert torch.allclose(ours, scheduler.add_noise(x, eps, torch.tensor([7, 42])), atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("lengths", [True, False])
+def test_changes_are_those_of_the_changed_weights(bias: bool, lengths: bool):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(5, 7, bias=bias).double()
+    part = LowRank(layer, 3, 6.0, lengths).double()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    assert torch.allclose(part(x, layer(x), layer), layer(x), atol=1e-12), "it begins as the layer was"
+    torch.nn.init.normal_(part.up)
+    weight = layer.weight + 2.0 * part.up @ part.down
+    if part.length is not None:
+        torch.nn.init.uniform_(part.length, 1, 2)
+        weight = part.length[:, None] * weight / weight.norm(dim=1, keepdim=True)
+    wanted = torch.nn.functional.linear(x, weight, layer.bias)
+    assert torch.allclose(part(x, layer(x), layer), wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_only_what_is_tuned_is_in_a_checkpoint_and_learns(kind: str, method: str):
+    model = family(kind, method=method)
+    assert {name.split(".")[0] for name in model.state_dict()} == {"tuned"}
+    before = {name: value.clone() for name, value in model.base.denoiser.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model.requires_grad_(True)
+    torch.manual_seed(0)
+    model.loss("denoise", batch(model), Progress(0, 10)).total.backward()
+    optimizer.step()
+    after = model.base.denoiser.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items()) == (method != "full")
+    noise = seeded_noise([1, 2], model.noise_shape())
+    drawn = model.eval().sample(noise, Condition(text=model.read(["a <new> cat"] * 2)))
+    fresh = family(kind, method=method).eval()
+    assert not torch.allclose(drawn, fresh.sample(noise, Condition(text=fresh.read(["a <new> cat"] * 2))), atol=1e-6)
+
+
+def test_copies_draw_with_what_they_learned_themselves():
+    model = family(method="lora").eval()
+    twin = copy.deepcopy(model)
+    assert twin.base is model.base
+    for part in twin.tuned.parts.values():
+        torch.nn.init.normal_(part.up, std=0.3)
+    noise, told = seeded_noise([1], model.noise_shape()), Condition(text=model.read(["a"]))
+    first, changed = model.sample(noise, told), twin.sample(noise, told)
+    assert not torch.allclose(first, changed, atol=1e-4)
+    assert torch.equal(model.sample(noise, told), first)
+
+
+def test_a_prior_is_drawn_once_by_the_model_as_it_was_and_kept():
+    model = family(prior={"prompt": "a cat", "pictures": 3}, sample={"steps": 2})
+    plain = family(sample={"steps": 2}).eval()
+    loss = model.loss("denoise", batch(model), Progress(0, 10))
+    assert set(loss.parts) == {"given", "prior"} and bool(model.prior_drawn)
+    kept = model.prior_NCHW.clone()
+    seeds_differ = [not torch.equal(kept[0], kept[place]) for place in (1, 2)]
+    assert all(seeds_differ) and float(kept.std()) > 0
+    torch.nn.init.normal_(next(iter(model.tuned.parts.values())).up)
+    model.loss("denoise", batch(model), Progress(0, 10))
+    assert torch.equal(model.prior_NCHW, kept)
+    assert "prior_NCHW" in model.state_dict() and "prior_NCHW" not in plain.state_dict()
+
+
+def test_weights_of_levels_are_those_of_min_snr():
+    plain, weighted = (family(min_snr=value).eval() for value in (0.0, 5.0))
+    one = batch(plain)
+    for seed in range(3):
+        losses = []
+        for model in (plain, weighted):
+            torch.manual_seed(seed)
+            losses.append(model.held_out(one, Progress(0, 1))["denoise"])
+        snr = losses[0].levels ** -2
+        assert torch.allclose(losses[1].values, losses[0].values * (snr.clamp(max=5) / snr), rtol=1e-4)
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"), [(kind, "lora") for kind in KINDS] + [("sd1", m) for m in METHODS[1:]] + [("sdxl", "word")]
+)
+def test_exports_draw_in_stock_pipelines_what_we_draw(bases, photos, tmp_path, kind: str, method: str):
+    if method in ("lora", "dora"):
+        pytest.importorskip("peft", reason="peft is not installed")
+    run = trained(
+        bases, photos, tmp_path / "run", kind, method, train_text=method in ("lora", "full") and kind != "sd3"
+    )
+    receipt = imagekiln.export(run, "diffusers", tmp_path / "out")
+    assert receipt["difference"] <= 1e-4 and receipt["pipeline"] == PIPELINES[kind]
+    if method == "full":
+        with pytest.raises(UsageError, match="diffusers"):
+            imagekiln.export(run, "comfyui", tmp_path / "comfy")
+    else:
+        assert imagekiln.export(run, "comfyui", tmp_path / "comfy")["difference"] <= 1e-4
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert str(tmp_path) not in card and str(bases[kind]) not in card
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_runs_continue_exactly(bases, photos, tmp_path, method: str):
+    more = {"prior": {"prompt": "a square", "pictures": 2}} if method == "lora" else {}
+    whole = trained(bases, photos, tmp_path / "whole", "sd1", method, kimg=0.016, **more)
+    trained(bases, photos, tmp_path / "parts", "sd1", method, kimg=0.008, **more)
+    parts = trained(bases, photos, tmp_path / "parts", "sd1", method, kimg=0.016, **more)
+    first, second = (open_model(run).family.state_dict() for run in (whole, parts))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_changed_base_is_refused(bases, photos, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(bases["sd1"], base)
+    trained({"sd1": base}, photos, tmp_path / "run", "sd1", "lora")
+    shutil.rmtree(base)
+    with pytest.raises(ImagekilnError, match=r"family\.base"):
+        imagekiln.generate(tmp_path / "run", n=1, out=tmp_path / "drawn")
+    shutil.copytree(bases["sd1"], base)
+    (base / "scheduler" / "scheduler_config.json").write_text('{"beta_end": 0.02}')
+    with pytest.raises(UsageError, match=r"family\.base: what it names is not what it was"):
+        trained({"sd1": base}, photos, tmp_path / "run", "sd1", "lora", kimg=0.016)
+
+
+def test_published_autoencoders_are_codecs(bases, photos, tmp_path):
+    codec = published.opened(bases["sd3"] / "vae", (3, 16, 16))
+    vae = diffusers.AutoencoderKL.from_pretrained(bases["sd3"] / "vae")
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        latents = (vae.encode(images).latent_dist.mean - 0.1) * 0.5
+        pictures = vae.decode(latents / 0.5 + 0.1).sample
+    assert torch.allclose(codec.encode(images), latents, atol=1e-5)
+    assert torch.allclose(codec.decode(latents), pictures, atol=1e-5)
+    (tmp_path / "codec.safetensors").write_bytes(codec.data)
+    again = published.reopened(tmp_path / "codec.safetensors")
+    assert again is not None and torch.equal(again.decode(latents), codec.decode(latents))
+    with pytest.raises(UsageError, match="multiples of 2"):
+        published.opened(bases["sd3"] / "vae", (3, 15, 16))
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+def broken(base: Path, out: Path, file: str, text: str | None) -> Path:
+    """A copy of a base with one file changed, or taken away."""
+    shutil.copytree(base, out)
+    if text is None:
+        (out / file).unlink()
+    else:
+        (out / file).write_text(text)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "sentence"),
+    [
+        ("model_index.json", None, "Expected a folder with a model_index.json"),
+        ("model_index.json", '{"_class_name": "FluxPipeline"}', "holds a FluxPipeline; expected one of"),
+        ("model_index.json", "{", "cannot be read"),
+        ("unet/diffusion_pytorch_model.safetensors", None, "holds no weights"),
+        ("unet/diffusion_pytorch_model.safetensors", "nonsense", "cannot be read as a UNet2DConditionModel"),
+        ("scheduler/scheduler_config.json", '{"beta_schedule": "odd"}', "beta_schedule = 'odd'"),
+        ("scheduler/scheduler_config.json", '{"prediction_type": "odd"}', "prediction_type = 'odd'"),
+    ],
+)
+def test_broken_folders_are_refused(bases, tmp_path, file: str, text: str | None, sentence: str):
+    folder = broken(bases["sd1"], tmp_path / "base", file, text)
+    with pytest.raises(RecipeError, match=sentence):
+        pretrained.Pretrained(str(folder))
+
+
+def test_pickles_and_remote_code_are_refused(bases, tmp_path):
+    folder = broken(bases["sd1"], tmp_path / "base", "unet/diffusion_pytorch_model.safetensors", None)
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x04")
+    with pytest.raises(RecipeError, match="pickles"):
+        pretrained.Pretrained(str(folder))
+    index = json.loads((bases["sd1"] / "model_index.json").read_text())
+    index["text_encoder"] = ["my_code", "MyEncoder"]
+    folder = broken(bases["sd1"], tmp_path / "other", "model_index.json", json.dumps(index))
+    with pytest.raises(RecipeError, match="MyEncoder"):
+        pretrained.Pretrained(str(folder))
+    with pytest.raises(RecipeError, match="from_single_file"):
+        pretrained.Pretrained(str(folder / "model_index.json"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"method": "dora", "train_text": True}, r"family\.train_text"),
+        ({"base": ""}, r"family\.base: it is missing"),
+        ({"base": "random:sd9"}, "random:sd1"),
+        ({"method": "word", "word": {"start": "two words"}}, r"is \d+ tokens"),
+        ({"method": "word", "word": {"token": "<|endoftext|>", "start": "a"}}, "the model knows it"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings: dict, sentence: str):
+    with pytest.raises(RecipeError, match=sentence):
+        FineTune(FineTuneConfig(**({"base": "random:sd1"} | settings)), (4, 8, 8), 0)
+
+
+def test_latents_of_another_kind_are_refused(bases):
+    with pytest.raises(RecipeError, match="draws latents of 4 channels, and it is given 3"):
+        FineTune(FineTuneConfig(base=str(bases["sd1"])), (3, 16, 16), 0)
