@@ -24,7 +24,7 @@ from imagekiln import data as datasets
 from imagekiln import optim
 from imagekiln.config import DataConfig, Recipe, merge, override, parse, read_toml, write_toml
 from imagekiln.engine import compare as comparing
-from imagekiln.engine import device, pictures, plan, sheets
+from imagekiln.engine import device, pictures, plan, sheets, starting
 from imagekiln.engine import evaluate as evaluation
 from imagekiln.engine import generate as generation
 from imagekiln.engine import propagate as propagating
@@ -111,7 +111,7 @@ def prepare(
     """
     named = [source] if isinstance(source, str | Path) else list(source or [])
     sources, folder = [str(one) for one in named], Path(out)
-    before = {} if sources or not datasets.is_prepared(folder) else datasets.open_prepared(folder).about["settings"]
+    before = {} if sources or not datasets.is_prepared(folder) else datasets.read_about(folder)["settings"]
     config = parse(datasets.PrepareConfig, override(merge(before, settings), assignments), "prepare")
     known = datasets.published(sources[0]) if len(sources) == 1 else None
     if known is not None:
@@ -249,6 +249,8 @@ def generate(
     *,
     label: str | None = None,
     prompt: str | Sequence[str] = (),
+    start: str | Path | None = None,
+    mask: str | Path | None = None,
     seed: int = 0,
     batch: int = 64,
     nimg: int | None = None,
@@ -270,10 +272,12 @@ def generate(
         back to the first, `fps` frames a second; `strip.png` has the frames in one row.
     mix: draw so many more pictures, and `mix.png`, where rows have the coarse styles of the `n` and columns the fine
         ones of these; the first `crossover` places take the coarse one (half of them if None).
+    start: a picture that drawing begins with, of which `strength` is drawn anew; mask: another, black where it stays.
     options: what the family offers, for example `steps=25, guidance=1.5` for diffusion, `truncation=0.7` for styles.
 
     Raises:
-        UsageError: no such run, label or option, or the model cannot do it. DiskError: `out` cannot be written.
+        UsageError: no such run, label or option, or the model cannot do it. DataError: `start` or `mask` is no picture.
+        DiskError: `out` cannot be written.
     """
     wanted = sheets.Sheets(grid, interpolate, fps, mix, crossover)
     if n < 1 or n + mix > generation.MAX_IMAGES:
@@ -283,8 +287,9 @@ def generate(
     if not model.family.draws:
         raise UsageError(f"{run.path} holds a {model.family.config.name}, which judges pictures and draws none.")
     chosen = generation.options_for(model.family, options)
+    beginning = starting.begun(model, start, mask, chosen)
     wished = model.wishes(n + mix, label, [prompt] if isinstance(prompt, str) else prompt)
-    wanted.require(model, wished)
+    wanted.require(model, wished, beginning is not None)
     seeds = generation.seeds_for(seed, n + mix)
     folder = Path(out)
     with disk_faults(folder):
@@ -292,7 +297,7 @@ def generate(
     paths: list[Path] = []
     first: list[torch.Tensor] = []
     with model.precision():
-        for images in generation.stream(model.family, seeds, wished, chosen, batch):
+        for images in generation.stream(model.family, seeds, wished, chosen, batch, beginning):
             for image in images:
                 paths.append(folder / f"{len(paths):06d}.png")
                 pictures.write(pictures.to_picture(image), paths[-1])
@@ -371,17 +376,11 @@ def _with_codec(recipe: Recipe, run: Run, listener: Any) -> Recipe:
         if not run.codec_path.is_file():
             listener.say(f"First the autoencoder, in {beside}.")
             data = recipe.data.model_dump(exclude={"path", "codec", "augment"})
-            train(
-                codec, recipe.data.path, beside, settings={"data": data, "train": _of_codec(recipe)}, listener=listener
-            )
+            same = {key: getattr(recipe.train, key) for key in ("seed", "device", "precision")}
+            train(codec, recipe.data.path, beside, settings={"data": data, "train": same}, listener=listener)
             listener.say(f"Now the model itself, in {run.path}.")
         codec = str(beside)
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"codec": _absolute(codec)})})
-
-
-def _of_codec(recipe: Recipe) -> dict[str, Any]:
-    """Settings of `train` that a codec trained on the way takes over."""
-    return {key: getattr(recipe.train, key) for key in ("seed", "device", "precision")}
 
 
 def _absolute(data: str) -> str:

@@ -43,10 +43,16 @@ class Batch(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """What a picture should show: labels_B int64 (-1 = anything) and/or text rows. Both None = unconditional."""
+    """What a picture should show: labels_B int64 (-1 = anything) and/or text rows. Both None = unconditional.
+
+    start: pictures (or latents) that drawing begins with, in the place of noise alone, for families of diffusion. keep:
+        (B, 1, H, W), 1.0 where these stay as they are.
+    """
 
     labels: Tensor | None = None
     text: Tensor | None = None
+    start: Tensor | None = None
+    keep: Tensor | None = None
 
 
 class Progress(NamedTuple):

@@ -21,6 +21,11 @@ from imagekiln.cli.output import (
 TruncationOption = Annotated[
     float | None, typer.Option("--truncation", help="Less varied, more typical; for some GANs (0.7).")
 ]
+StartOption = Annotated[Path | None, typer.Option("--start", help="A picture to begin with (diffusion).")]
+StrengthOption = Annotated[
+    float | None, typer.Option("--strength", help="How much of --start is drawn anew, 0 to 1 [default: 1].")
+]
+MaskOption = Annotated[Path | None, typer.Option("--mask", help="White: drawn anew; black: --start stays.")]
 WalkOption = Annotated[
     int,
     typer.Option("--interpolate", metavar="FRAMES", help="Walk through the pictures, FRAMES from each to the next."),
@@ -45,6 +50,9 @@ def generate(
     steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps (diffusion).")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", help="1 = none (diffusion with labels).")] = None,
     sampler: Annotated[str | None, typer.Option("--sampler", help="dpmpp_2m, heun, euler or ddim.")] = None,
+    start: StartOption = None,
+    strength: StrengthOption = None,
+    mask: MaskOption = None,
     truncation: TruncationOption = None,
     grid: Annotated[str, typer.Option("--grid", help="plain, or class: a row a class with its name.")] = "plain",
     interpolate: WalkOption = 0,
@@ -72,6 +80,8 @@ def generate(
         out,
         label=label,
         prompt=prompt or (),
+        start=start,
+        mask=mask,
         seed=seed,
         batch=batch,
         nimg=nimg,
@@ -87,6 +97,7 @@ def generate(
         guidance=guidance,
         sampler=sampler,
         truncation=truncation,
+        strength=strength,
         **override({}, options or []),
     )
     sheets = {key: path for key in ("grid", "walk", "strip", "mix") if (path := getattr(drawn, key)) is not None}

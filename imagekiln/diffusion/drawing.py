@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -25,6 +26,8 @@ class Drawing(Section):
     guidance_low: float = Field(0.0, ge=0, description="guide only where the noise level is above this")
     guidance_high: float = Field(NO_LIMIT, gt=0, description="and not above this")
 
+    strength: float = Field(1.0, gt=0, le=1, description="share of the steps taken from a given picture (--start)")
+
     def cost(self, guided: bool) -> float:
         """Of a picture, in pictures trained on (`Family.drawing_cost`). guided: there is something to guide by."""
         calls = self.steps * (2 if self.sampler == "heun" else 1)
@@ -39,12 +42,14 @@ def draw(
     weaker: samplers.Denoiser | None = None,
     rescale: float = 0.0,
     grid: Tensor | None = None,
+    start: Tensor | None = None,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """Pictures of noise, of its shape. weaker: what guidance turns away from; None = nothing to guide by.
 
     rescale: see `guidance.rescaled`. grid: noise levels that are stepped through; None = those of EDM.
+    start, keep: of `core.Condition`; with a start only the last `strength` of the steps are taken, from there.
 
-    >>> import torch
     >>> from imagekiln.diffusion.paths import RF
     >>> draw(torch.randn(2, 3), RF(), Drawing(steps=4), lambda z, sigma_B: torch.ones_like(z))
     tensor([[1., 1., 1.],
@@ -54,4 +59,17 @@ def draw(
         interval = (settings.guidance_low, settings.guidance_high if settings.guidance_high < NO_LIMIT else math.inf)
         denoise = guidance.guide(denoise, weaker, settings.guidance, interval, rescale)
     levels = samplers.sigmas(settings.steps) if grid is None else grid
+    if start is not None:
+        levels = levels[settings.steps - max(1, round(settings.strength * settings.steps)) :]
+        noise = noise + start / float(levels[0])  # b (eps + x / sigma) = a x + b eps
+        denoise = denoise if keep is None else keeping(denoise, start, keep)
     return samplers.sampler(settings.sampler)(denoise, noise, levels, path)
+
+
+def keeping(denoise: samplers.Denoiser, start: Tensor, keep: Tensor) -> samplers.Denoiser:
+    """A denoiser that expects the picture itself where it is kept (keep = 1)."""
+
+    def answer(z: Tensor, sigma_B: Tensor) -> Tensor:
+        return torch.lerp(denoise(z, sigma_B), start, keep.expand_as(start))
+
+    return answer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,18 @@ MAX_IMAGES = 1_000_000
 
 Wish = int | str
 """What a picture should show: a label (-1 = anything), or words."""
+
+
+class Beginning(Protocol):
+    """A picture that drawing begins with (`imagekiln.engine.starting`)."""
+
+    def condition(self, condition: Condition, count: int) -> Condition:
+        """The condition of so many pictures, with this beginning."""
+        ...
+
+    def restored(self, images_BCHW: Tensor) -> Tensor:
+        """Drawn pictures with what is kept put back."""
+        ...
 
 
 def labels_for(count: int, num_classes: int) -> list[int]:
@@ -58,14 +70,22 @@ def draw(family: Family, seeds: Sequence[int], wishes: Sequence[Wish], options: 
 
 
 def stream(
-    family: Family, seeds: Sequence[int], wishes: Sequence[Wish], options: Any = None, batch: int = 64
+    family: Family,
+    seeds: Sequence[int],
+    wishes: Sequence[Wish],
+    options: Any = None,
+    batch: int = 64,
+    start: Beginning | None = None,
 ) -> Iterator[Tensor]:
-    """Like `draw`, a batch at a time; an allocation that fails is retried in halves."""
+    """Like `draw`, a batch at a time; an allocation that fails is retried in halves. start: where drawing begins."""
     where = next(family.parameters()).device
 
     def part(some: slice) -> Tensor:
         noise = seeded_noise(seeds[some], family.noise_shape()).to(where)
-        return pictured(family, noise, asked_for(family, wishes[some]), options)
+        condition = asked_for(family, wishes[some])
+        if start is None:
+            return pictured(family, noise, condition, options)
+        return start.restored(pictured(family, noise, start.condition(condition, len(noise)), options))
 
     yield from in_parts(part, len(seeds), batch)
 

@@ -35,8 +35,10 @@ class Sheets:
         if self.mix < 0:
             raise UsageError(f"--mix {self.mix}: expected a number of pictures, or 0 for no table.")
 
-    def require(self, model: Model, labels: Sequence[Wish]) -> None:
-        """Whether this model can draw them. labels: of all pictures, those that give fine styles last.
+    def require(self, model: Model, labels: Sequence[Wish], begun: bool = False) -> None:
+        """Whether this model can draw them.
+
+        labels: of all pictures, those that give fine styles last. begun: drawing begins with a given picture.
 
         Raises:
             UsageError: it cannot, or something else than asked for was meant.
@@ -48,6 +50,8 @@ class Sheets:
             raise UsageError("--grid class: this model does not draw by labels. Leave --grid out.")
         if not SLOWEST_FPS <= self.fps <= FASTEST_FPS:
             raise UsageError(f"--fps {self.fps:g}: expected {SLOWEST_FPS:g} to {FASTEST_FPS:g} frames a second.")
+        if begun and (self.interpolate or self.mix):
+            raise UsageError("--start: walks and tables of styles begin with noise. Leave --interpolate and --mix out.")
         if self.interpolate:
             latents.require_walk(model.family, self.interpolate, labels[:count])
         if self.mix:

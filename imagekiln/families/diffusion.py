@@ -123,7 +123,8 @@ class Diffusion(Family):
         labels_B = self._labels(condition.labels, len(noise), noise.device)
         null_B = None if labels_B is None else torch.full_like(labels_B, self.num_classes)
         weaker = None if null_B is None else self._denoiser(null_B)
-        return draw(noise, self.path, options, self._denoiser(labels_B), weaker)
+        told = self._denoiser(labels_B)
+        return draw(noise, self.path, options, told, weaker, start=condition.start, keep=condition.keep)
 
     def noise_shape(self) -> tuple[int, ...]:
         return self.image_shape

@@ -205,7 +205,9 @@ class FineTune(Family):
         told = self.denoiser(self._tokens(condition.text, len(noise)))
         negative_BL = self.read([options.negative_prompt]).to(noise.device).expand(len(noise), -1)
         weaker = self.denoiser(negative_BL) if options.guidance != 1 else None
-        return draw(noise, self.path, options, told, weaker, options.guidance_rescale, self.grid(options.steps))
+        begin = {"start": condition.start, "keep": condition.keep}
+        grid = self.grid(options.steps)
+        return draw(noise, self.path, options, told, weaker, options.guidance_rescale, grid, **begin)
 
     def grid(self, steps: int) -> Tensor:
         """The noise levels that are stepped through: within those that the network has seen."""

@@ -120,7 +120,8 @@ class StableDiffusion(Family):
         told = self._denoiser(self._tokens(condition.text, len(noise)))
         negative_BL = self.read([options.negative_prompt]).to(noise.device).expand(len(noise), -1)
         weaker = self._denoiser(negative_BL) if options.guidance != 1 else None
-        return draw(noise, self.path, options, told, weaker, options.guidance_rescale)
+        begin = {"start": condition.start, "keep": condition.keep}
+        return draw(noise, self.path, options, told, weaker, options.guidance_rescale, **begin)
 
     def noise_shape(self) -> tuple[int, ...]:
         return self.image_shape

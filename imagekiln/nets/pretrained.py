@@ -259,7 +259,7 @@ def _index(root: Path, folder: str) -> dict[str, Any]:
         )
         raise RecipeError(
             f"family.base = {folder!r} {what}. Expected a folder with a model_index.json, as diffusers writes it; a "
-            "model of the hub is fetched by: hf download NAME --revision COMMIT --local-dir FOLDER"
+            "model of the hub is fetched by huggingface_hub.snapshot_download(NAME, revision=COMMIT, local_dir=FOLDER)."
         )
     index = _json(root / "model_index.json")
     if index.get("_class_name") not in _PIPELINES:

@@ -320,3 +320,39 @@ def test_settings_that_cannot_be_are_refused(settings: dict, sentence: str):
 def test_latents_of_another_kind_are_refused(bases):
     with pytest.raises(RecipeError, match="draws latents of 4 channels, and it is given 3"):
         FineTune(FineTuneConfig(base=str(bases["sd1"])), (3, 16, 16), 0)
+
+
+# -- learning ---------------------------------------------------------------------------------------------------------
+
+OVERFIT = {
+    "full": ({"method": "full"}, 2e-3, 0.75),
+    "lora": ({"method": "lora", "rank": 8, "train_text": True}, 3e-2, 0.97),
+    "dora": ({"method": "dora", "rank": 8}, 3e-2, 0.97),
+    "dreambooth": ({"method": "lora", "rank": 8, "prior": {"prompt": "a", "pictures": 4}}, 3e-2, 0.98),
+    "word": ({"method": "word", "word": {"start": "o", "count": 4}}, 0.3, 0.9999),
+}
+"""Settings, learning rate, and what the loss of eight pictures must fall to, as a share; networks are random."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("what", OVERFIT)
+def test_eight_pictures_are_learned(kind: str, what: str):
+    settings, lr, share = OVERFIT[what]
+    model = family(kind, text_dropout=0.0, sample={"steps": 2}, **settings)
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randn(8, 4, 8, 8, generator=generator)
+    eight = Batch(images, text=model.read([f"a <new> {place}" for place in range(8)]))
+    model.loss("denoise", eight, Progress(0, 1))  # a prior is drawn here
+    optimizer = torch.optim.Adam(model.requires_grad_(True).parameters(), lr)
+
+    def loss(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return model.loss("denoise", eight, Progress(0, 1)).total
+
+    before = sum(float(loss(seed).detach()) for seed in range(3))
+    for step in range(36):
+        optimizer.zero_grad()
+        loss(step % 3).backward()
+        optimizer.step()
+    after = sum(float(loss(seed).detach()) for seed in range(3))
+    assert after < share * before
