@@ -294,18 +294,10 @@ def generate(
     folder = Path(out)
     with disk_faults(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    paths: list[Path] = []
-    first: list[torch.Tensor] = []
     with model.precision():
-        for images in generation.stream(model.family, seeds, wished, chosen, batch, beginning):
-            for image in images:
-                paths.append(folder / f"{len(paths):06d}.png")
-                pictures.write(pictures.to_picture(image), paths[-1])
-            if sum(map(len, first)) < wanted.kept(n):
-                first.append(images)
-            if progress is not None:
-                progress(len(paths), n + mix)
-        sheet = wanted.write(folder, model, torch.cat(first), seeds, wished, chosen, batch)
+        drawn = generation.stream(model.family, seeds, wished, chosen, batch, beginning)
+        paths, first = pictures.write_all(folder, drawn, wanted.kept(n), n + mix, progress)
+        sheet = wanted.write(folder, model, first, seeds, wished, chosen, batch)
     return Drawn(paths, sheet.pop("grid"), model.weights, **sheet)
 
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 from imagekiln.errors import RecipeError, did_you_mean
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Fit = Literal["crop", "smart", "pad"]
 
 
 class Section(BaseModel):
@@ -62,7 +63,9 @@ class DataConfig(Section):
     path: str = Field("", description="folder, zip, prepared set, or builtin:NAME")
     size: int = Field(0, ge=0, le=1024, description="height and width in pixels; 0 keeps the set's own size")
     channels: Literal[0, 1, 3, 4] = Field(0, description="1 grey, 3 RGB, 4 RGBA; 0 looks at the pictures")
-    fit: Literal["crop", "pad"] = Field("crop", description="how a picture that is not square becomes square")
+    fit: Fit = Field(
+        "crop", description="how a picture that is not square becomes square; smart crops where most edges are"
+    )
     background: str = Field("white", description="colour behind transparent pixels and padding")
     validation_fraction: Fraction = Field(0.1, description="share held out, by hash of the pixels")
     flip: bool = Field(False, description="mirror half of the training pictures left to right")

@@ -21,6 +21,7 @@ from imagekiln.cli.output import (
 TruncationOption = Annotated[
     float | None, typer.Option("--truncation", help="Less varied, more typical; for some GANs (0.7).")
 ]
+PromptOption = Annotated[list[str] | None, typer.Option("--prompt", help="What to show, in words; several take turns.")]
 StartOption = Annotated[Path | None, typer.Option("--start", help="A picture to begin with (diffusion).")]
 StrengthOption = Annotated[
     float | None, typer.Option("--strength", help="How much of --start is drawn anew, 0 to 1 [default: 1].")
@@ -43,9 +44,7 @@ def generate(
     n: Annotated[int, typer.Option("-n", "--number", min=1, help="Number of pictures.")] = 16,
     out: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("pictures"),
     label: Annotated[str | None, typer.Option("--label", help="Class by name or number.")] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="What to show, in words; several take turns.")
-    ] = None,
+    prompt: PromptOption = None,
     seed: Annotated[int, typer.Option("--seed", help="Other seed, other pictures.")] = 0,
     steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps (diffusion).")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", help="1 = none (diffusion with labels).")] = None,
@@ -93,11 +92,7 @@ def generate(
         mix=mix,
         crossover=crossover,
         progress=progress("Drawing"),
-        steps=steps,
-        guidance=guidance,
-        sampler=sampler,
-        truncation=truncation,
-        strength=strength,
+        **{"steps": steps, "guidance": guidance, "sampler": sampler, "truncation": truncation, "strength": strength},
         **override({}, options or []),
     )
     sheets = {key: path for key in ("grid", "walk", "strip", "mix") if (path := getattr(drawn, key)) is not None}

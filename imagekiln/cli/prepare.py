@@ -12,15 +12,25 @@ from imagekiln.cli.output import DebugOption, JsonOption, answer, progress, say
 if TYPE_CHECKING:
     from imagekiln.data import Dataset
 
+FitOption = Annotated[str | None, typer.Option("--fit", help="crop (to the middle), smart (to most edges) or pad.")]
+FramesOption = Annotated[
+    str | None, typer.Option("--frames", help="first or all, of animations and files of several pages.")
+]
+RepairOption = Annotated[
+    bool, typer.Option("--repair", help="Use truncated JPEG files of which nine tenths of the rows are there.")
+]
+
 
 def prepare(
     sources: Annotated[list[str] | None, typer.Argument(help="Folders, archives, shards, or builtin:NAME.")] = None,
     *,
     out: Annotated[Path, typer.Option("--out", help="Folder for the prepared set.")],
     size: Annotated[int | None, typer.Option("--size", help="Pixels; 0 keeps the set's own size.")] = None,
-    fit: Annotated[str | None, typer.Option("--fit", help="crop or pad.")] = None,
+    fit: FitOption = None,
     channels: Annotated[int | None, typer.Option("--channels", help="1, 3 or 4; 0 looks at the pictures.")] = None,
     background: Annotated[str | None, typer.Option("--background", help="Colour behind transparency.")] = None,
+    frames: FramesOption = None,
+    repair: RepairOption = False,
     caption_encoding: Annotated[
         str | None, typer.Option("--caption-encoding", help="Of text files that are not UTF-8, such as gb18030.")
     ] = None,
@@ -46,7 +56,8 @@ def prepare(
     from imagekiln import api
     from imagekiln.data import URLS, write_shards
 
-    given = dict(size=size, fit=fit, channels=channels, background=background, caption_encoding=caption_encoding)
+    given: dict[str, Any] = dict(size=size, fit=fit, channels=channels, background=background, frames=frames)
+    given |= dict(caption_encoding=caption_encoding, repair=repair or None)
     dataset = api.prepare(
         [*(sources or []), *([f"{URLS}{urls}"] if urls else [])],
         out,
@@ -72,9 +83,9 @@ def prepare(
 
 def _told(dataset: Dataset, out: Path) -> tuple[list[str], dict[str, Any]]:
     """Lines for a person and facts for a program."""
-    from imagekiln.data import is_prepared, open_prepared
+    from imagekiln.data import is_prepared, read_about
 
-    about = open_prepared(out).about if is_prepared(out) else {"checks": {}, "counts": {}}
+    about = read_about(out) if is_prepared(out) else {"checks": {}, "counts": {}}
     found = [(name, check) for name, check in about["checks"].items() if check["found"]]
     lines = [dataset.summary()]
     lines += [f"  {check['found']:,} {name.replace('_', ' ')}: {_fate(check)}" for name, check in found]

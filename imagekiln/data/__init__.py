@@ -12,7 +12,7 @@ from imagekiln.data.decode import open_own
 from imagekiln.data.files import printable
 from imagekiln.data.loader import Loader, to_float, to_uint8
 from imagekiln.data.pack import cache_folder, load, published, write_published
-from imagekiln.data.packed import cell
+from imagekiln.data.packed import cell, read_about
 from imagekiln.data.prepared import PROPOSALS, URLS, Prepared, is_prepared, open_prepared, prepare
 from imagekiln.data.shards import write_dataset as write_shards
 from imagekiln.data.source import Dataset, MemmapSource
@@ -35,6 +35,7 @@ __all__ = [
     "prepare",
     "printable",
     "published",
+    "read_about",
     "to_float",
     "to_uint8",
     "write_published",

@@ -16,8 +16,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from imagekiln.config import Fraction, Section
-from imagekiln.data import checks, packed, sides
+from imagekiln.config import Fit, Fraction, Section
+from imagekiln.data import checks, frames, packed, sides
 from imagekiln.data.captions import from_template
 from imagekiln.data.checks import CleanConfig, Finding
 from imagekiln.data.files import printable
@@ -33,8 +33,12 @@ class PrepareConfig(Section):
 
     size: int = Field(0, ge=0, le=1024, description="height and width in pixels; 0 keeps the set's own size")
     channels: Literal[0, 1, 3, 4] = Field(0, description="1 grey, 3 RGB, 4 RGBA; 0 looks at the pictures")
-    fit: Literal["crop", "pad"] = Field("crop", description="how a picture that is not square becomes square")
+    fit: Fit = Field(
+        "crop", description="how a picture that is not square becomes square; smart crops where most edges are"
+    )
     background: str = Field("white", description="colour behind transparent pixels and padding")
+    frames: Literal["first", "all"] = Field("first", description="of animations and of files with several pages")
+    repair: bool = Field(False, description="use truncated JPEG files of which nine tenths of the rows are there")
     validation_fraction: Fraction = Field(0.1, description="share held out, by hash of the pixels")
     test_fraction: Fraction = Field(0.0, description="share that neither training nor validation sees")
     caption_encoding: str = Field("utf-8", description="of captions and metadata that are not UTF-8")
@@ -108,7 +112,8 @@ def write(folder: Path, seen: Seen, config: PrepareConfig, edits: Edits, sides_b
     notices = list(seen.notices)
     if lost:
         notices.append(f"No usable pictures are left of: {', '.join(map(printable, lost))}.")
-    rows = _rows(survey, kept, labels, names, checks.groups(survey, found), config, sides_before)
+    groups = checks.groups(survey, found, frames.neighbours(survey.names) if config.frames == "all" else ())
+    rows = _rows(survey, kept, labels, names, groups, config, sides_before)
     for row in rows:
         if row["file_name"] in proposed:
             row["label_from"] = "proposed"
@@ -159,6 +164,7 @@ def _rows(
         picture = Picture(name, label, text)
         row = packed.row_of(picture, survey.digests[index], names)
         row |= {"row": int(survey.places[index]), "split": side}
+        row |= {"repaired": True} if "repaired" in survey.notes[index] else {}
         rows.append(row | ({"group": int(groups[index])} if sizes[groups[index]] > 1 else {}))
     return rows
 

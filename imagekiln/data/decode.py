@@ -2,7 +2,8 @@
 
 `open_safely` is the only caller of `PIL.Image.open`. It reads an allow-list of formats, decides about size before a
 pixel is decoded, decodes the whole file (a cut file is refused, never filled with grey), and drops all metadata, so
-nothing of EXIF or GPS can reach an output. Of an animation or a multi-page file it takes the first frame.
+nothing of EXIF or GPS can reach an output. Of an animation or a multi-page file it takes the first frame; `open_frames`
+takes them all.
 
 Shapes: H rows, W columns, C channels, A the four channels red, green, blue, alpha.
 """
@@ -10,6 +11,7 @@ Shapes: H rows, W columns, C channels, A the four channels red, green, blue, alp
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import os
 import re
@@ -26,6 +28,9 @@ from typing import BinaryIO, Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError
 
+from imagekiln.config import Fit
+from imagekiln.data import gif, mend
+from imagekiln.data.window import best_shift
 from imagekiln.errors import DataError, ImagekilnError, UsageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -77,7 +82,7 @@ class Opened(NamedTuple):
 
     notes: some of "turned" (by EXIF), "place" (EXIF says where it was taken), "profile" (an ICC profile other than
     sRGB), "cmyk", "deep" (more than 8 bits a channel), "frames" (several; the first is taken), "extension" (named as
-    another format than it is).
+    another format than it is), "repaired" (a truncated JPEG without the rows that are not there; see `data.mend`).
     """
 
     image: Image.Image
@@ -98,8 +103,13 @@ def open_safely(file: Path | BinaryIO, *, max_pixels: int = MAX_PIXELS, short_si
     return open_noted(file, max_pixels=max_pixels, short_side=short_side).image
 
 
-def open_noted(file: Path | BinaryIO, *, name: str = "", max_pixels: int = MAX_PIXELS, short_side: int = 0) -> Opened:
-    """Like `open_safely`, with what was noticed. name: the file's own, to compare its ending with the content."""
+def open_noted(
+    file: Path | BinaryIO, *, name: str = "", max_pixels: int = MAX_PIXELS, short_side: int = 0, repair: bool = False
+) -> Opened:
+    """Like `open_safely`, with what was noticed.
+
+    name: the file's own, to compare its ending with the content. repair: take a truncated JPEG if most of it is there.
+    """
     with _reasons(file) as stream:
         image = _identify(stream, max_pixels)
         with _large if image.width * image.height > _ONE_AT_A_TIME else nullcontext():
@@ -109,11 +119,20 @@ def open_noted(file: Path | BinaryIO, *, name: str = "", max_pixels: int = MAX_P
             whole, frames = image.size, _has_frames(image)
             if short_side:
                 image.draft(None, (2 * short_side, 2 * short_side))
-            image.load()
+            num_rows = 0
+            try:
+                image.load()
+            except OSError as error:
+                if not (repair and image.format == "JPEG" and "truncated" in str(error)):
+                    raise
+                image, num_rows = _mended(stream, max_pixels)
             turn = _TURNS.get(_orientation(image))  # after load: Pillow turns some TIFFs itself while loading
             notes, box = _notes(image, name) | frames, _covered(whole, image.size)
             notes |= frozenset() if turn is None else {"turned"}
             image = _eight_bit_srgb(image)
+            if num_rows:
+                image, notes = image.crop((0, 0, image.width, num_rows)), notes | {"repaired"}
+                whole, box = image.size, (0, 0, *image.size)
             if turn is not None:
                 box, image = _turned(box, image.size, turn), image.transpose(turn)
             image.info.clear()
@@ -148,16 +167,59 @@ def probe(file: Path | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> tuple[int, 
         return (image.width, image.height) if sideways else (image.height, image.width)
 
 
+def num_frames(file: Path | BinaryIO, most: int) -> int:
+    """How many frames or pages a file has, counted up to `most`, no pixel being decoded; 1 where it cannot be read.
+
+    It is what the file says: frames may turn out to be damaged.
+    """
+    try:
+        with _reasons(file) as stream:
+            image = _identify(stream, MAX_PIXELS)
+            if image.format == "GIF":
+                return max(1, gif.num_frames(stream, most))
+            if image.format != "TIFF":
+                return max(1, min(most, int(getattr(image, "n_frames", 1))))
+            for number in range(1, most):
+                try:
+                    image.seek(number)
+                except Exception:  # the last page, or one that is damaged: what lies behind it cannot be found
+                    return number
+            return most
+    except Unusable:
+        return 1
+
+
+def open_frames(file: Path | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """Frame by frame, each as `open_safely` gives the first one; the frames of an animation as they are seen.
+
+    Raises `Unusable` for the first frame that cannot be decoded, or is none: ask for no more than there are.
+    """
+    with _reasons(file) as stream:
+        image = _identify(stream, max_pixels)
+        if image.format == "PNG":
+            image.verify()
+            image = _identify(stream, max_pixels)
+        for number in itertools.count():
+            image.seek(number)
+            _judge_size(image, max_pixels)
+            image.load()
+            turn, frame = _TURNS.get(_orientation(image)), _eight_bit_srgb(image)
+            frame = frame if turn is None else frame.transpose(turn)
+            frame.info.clear()
+            yield frame
+
+
 def fit(
     image: Image.Image,
     size: tuple[int, int],
-    how: Literal["crop", "pad"] = "crop",
+    how: Fit = "crop",
     background: str = "white",
     channels: Literal[1, 3, 4] = 3,
 ) -> np.ndarray:
     """The picture at another size, antialiased (Lanczos): pixels_HWC uint8.
 
-    size: (height, width). how: `crop` keeps the centre, `pad` keeps everything.
+    size: (height, width). how: `crop` keeps the centre, `smart` the part with most edges (see
+        `data.window`), `pad` everything.
     background: colour behind transparent pixels and padding; with `channels=4` both stay transparent instead.
 
     >>> fit(Image.new("RGB", (40, 20), "red"), (8, 8), "pad")[[0, 4], 4].tolist()
@@ -165,11 +227,19 @@ def fit(
     """
     height, width = size
     left, top, right, bottom = extent(image)
-    scale = (max if how == "crop" else min)(height / (bottom - top), width / (right - left))
-    if how == "crop":
+    scale = (min if how == "pad" else max)(height / (bottom - top), width / (right - left))
+    if how != "pad":
         inner = (width, height)
         aside, above = max(0.0, (right - left - width / scale) / 2), max(0.0, (bottom - top - height / scale) / 2)
-        box = (left + aside, top + above, right - aside, bottom - above)
+        window = (width / scale, height / scale)
+        shift = best_shift(image, (left, top, right, bottom), window) if how == "smart" else 0.0
+        across, down = shift * aside, shift * above
+        box = (
+            max(left, left + aside + across),
+            max(top, top + above + down),
+            min(right, right - aside + across),
+            min(bottom, bottom - above + down),
+        )
     else:
         inner = (max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale)))
         box = (left, top, right, bottom)
@@ -242,6 +312,11 @@ def _identify(stream: BinaryIO, max_pixels: int) -> Image.Image:
             raise Unusable(f"too large ({int(found[1]) / 1e6:.0f} MP)" if found else "too large") from None
         finally:
             Image.MAX_IMAGE_PIXELS = before
+    _judge_size(image, max_pixels)
+    return image
+
+
+def _judge_size(image: Image.Image, max_pixels: int) -> None:
     short, long = sorted(image.size)
     if short * long > max_pixels:
         raise Unusable(f"too large ({short * long / 1e6:.0f} MP)")
@@ -249,7 +324,15 @@ def _identify(stream: BinaryIO, max_pixels: int) -> Image.Image:
         raise Unusable(f"{image.width}x{image.height} is below the smallest size ({MIN_SIDE}x{MIN_SIDE})")
     if long > MAX_ASPECT * short:
         raise Unusable(f"{image.width}x{image.height} is narrower than 1:{MAX_ASPECT}")
-    return image
+
+
+def _mended(stream: BinaryIO, max_pixels: int) -> tuple[Image.Image, int]:
+    """A truncated JPEG, decoded, and how many of its rows are there. Raises `Unusable` where they are too few."""
+    stream.seek(0)
+    image, num_rows = mend.decoded(stream.read(), lambda whole: _identify(whole, max_pixels))
+    if num_rows < mend.LEAST_SHARE * image.height:
+        raise Unusable("truncated")
+    return image, num_rows
 
 
 def _has_frames(image: Image.Image) -> frozenset[str]:

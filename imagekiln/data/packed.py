@@ -77,6 +77,15 @@ def open_packed(folder: Path, wanted: Wanted) -> Dataset:
     return dataset(name, table, sides == "validation", notices, left_out, test=sides == "test")
 
 
+def read_about(folder: Path) -> dict[str, Any]:
+    """`prepare.json` alone, which is small however many pictures there are. Raises `DataError` when it is damaged."""
+    try:
+        about: dict[str, Any] = json.loads((folder / "prepare.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"The prepared set {folder} is damaged ({error}). Prepare it again.") from None
+    return about
+
+
 def read_packed(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], np.ndarray]:
     """(prepare.json, rows of metadata.jsonl, images_NCHW mapped from disk). Raises `DataError` when it is damaged."""
     try:

@@ -48,8 +48,8 @@ class Columns:
     classes: tuple[str, ...] | None
 
 
-class _Group(NamedTuple):
-    """The pictures of a row group: where each lies in the spool, or why it is not there."""
+class Group(NamedTuple):
+    """The pictures of a row group, or of any file of several: where each lies in the spool, or why it is not there."""
 
     spool: Spool
     places: list[tuple[int, int] | str]
@@ -60,9 +60,9 @@ class Shelf:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[Path, int], _Group] = OrderedDict()
+        self._kept: OrderedDict[tuple[Path, int], Group] = OrderedDict()
 
-    def get(self, key: tuple[Path, int], read: Callable[[], _Group]) -> _Group:
+    def get(self, key: tuple[Path, int], read: Callable[[], Group]) -> Group:
         """The group of this key, read now if it is not here."""
         with self._lock:
             if key not in self._kept:
@@ -156,7 +156,7 @@ class ParquetFiles:
             raise DataError(f"{place}: label {label} is none of the {len(classes):,} classes of the file.")
         return classes[int(label)]
 
-    def _read_group(self, number: int) -> _Group:
+    def _read_group(self, number: int) -> Group:
         column = self.columns.picture
         wanted = f"{column}.bytes" if self.columns.is_struct else column
         spool, places = Spool(), list[tuple[int, int] | str]()
@@ -170,7 +170,7 @@ class ParquetFiles:
                         places.append(f"larger than {MAX_MEMBER_BYTES // 2**20} MB")
                     else:
                         places.append(spool.add([content]))
-        return _Group(spool, places)
+        return Group(spool, places)
 
     def open(self, name: str) -> BinaryIO:
         row = self._row[name]

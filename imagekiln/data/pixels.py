@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from imagekiln.config import Fit
 from imagekiln.data import decode
 from imagekiln.data.scan import Found, Picture
 from imagekiln.errors import DataError
@@ -45,7 +46,7 @@ class Shaping(Protocol):
     def channels(self) -> Literal[0, 1, 3, 4]: ...
 
     @property
-    def fit(self) -> Literal["crop", "pad"]: ...
+    def fit(self) -> Fit: ...
 
     @property
     def background(self) -> str: ...
@@ -60,10 +61,13 @@ class Seen(NamedTuple):
     thumb: np.ndarray | None = None
 
 
-def see(found: Found, picture: Picture, shape: tuple[int, int], shaping: Shaping, measure: bool) -> Seen | str:
+def see(
+    found: Found, picture: Picture, shape: tuple[int, int], shaping: Shaping, measure: bool, repair: bool = False
+) -> Seen | str:
     """Decode one picture and bring it to (H, W); the reason as a string where it cannot be used."""
     try:
-        opened = decode.open_noted(found.files.open(picture.name), name=picture.name, short_side=max(shape))
+        file = found.files.open(picture.name)
+        opened = decode.open_noted(file, name=picture.name, short_side=max(shape), repair=repair)
         pixels_HWA = decode.fit(opened.image, shape, shaping.fit, shaping.background, channels=4)
         measured = thumb = None
         if measure:

@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from imagekiln.data import collect, decisions, decode, download, hub, measures, packed, pixels
+from imagekiln.data import collect, decisions, decode, download, frames, hub, measures, packed, pixels
 from imagekiln.data.decisions import FINDINGS, Edits, PrepareConfig
 from imagekiln.data.files import printable, stem
-from imagekiln.data.found import Found
+from imagekiln.data.found import Found, listed
 from imagekiln.data.pack import cache_folder
 from imagekiln.data.pixels import ProgressFn
 from imagekiln.data.source import digest
@@ -42,7 +42,7 @@ PROPOSALS = "proposals.csv"
 
 _SURVEY = "survey"
 _BLOCK = 1024
-_SHAPING = ("size", "channels", "fit", "background", "caption_encoding")
+_SHAPING = ("size", "channels", "fit", "background", "frames", "repair", "caption_encoding")
 
 
 @dataclass
@@ -106,6 +106,8 @@ def prepare(
     names = [str(source) for source in sources]
     if names:
         found = collect.collect([_local(name, progress) for name in names], caption_encoding=config.caption_encoding)
+        if config.frames == "all":
+            frames.expand(found)
         _check_names(wanted, [picture.name for picture in found.pictures])
         if earlier and _unchanged(earlier, found, config, edits):
             return earlier
@@ -122,7 +124,7 @@ def prepare(
                 lambda aside: _fill(aside, found, names, config, edits, earlier, progress),
                 replace=earlier is not None,
             )
-        elif earlier is not None and (earlier.about["settings"], _edits(earlier)) != (_plain(config), edits):
+        elif earlier is not None and (_settings(earlier), _edits(earlier)) != (_plain(config), edits):
             _rewrite(earlier, out, config, edits)
     except OSError as error:
         raise DiskError(f"{out} cannot be written ({error.strerror or error}).") from None
@@ -170,6 +172,11 @@ def _fill(
             shape = (config.size, config.size) if config.size else pixels.chosen_shape(found, pool, notices)
         shaping = notices[len(found.notices) :]
         survey = _look(folder, found, shape, config, known, earlier, pool, progress)
+    if repaired := [name for name, notes in zip(survey.names, survey.notes, strict=True) if "repaired" in notes]:
+        notices.append(
+            f"{len(repaired):,} truncated JPEG files are used without the rows that are missing at their lower edge: "
+            f"{listed(repaired)}."
+        )
     usable = survey.usable
     if not len(usable):
         raise pixels.none_usable(found.files.where, [*survey.reasons, *(why for _, why in found.left_out)])
@@ -230,7 +237,7 @@ def _look(
                 survey.notes[index] = earlier.survey.notes[before]
                 survey.measured[index] = earlier.survey.measured[before]
                 thumbs[index] = earlier.survey.thumbs[before]
-    see = partial(pixels.see, found, shape=shape, shaping=config, measure=True)
+    see = partial(pixels.see, found, shape=shape, shaping=config, measure=True, repair=config.repair)
     with (folder / "pixels.raw").open("wb") as stream:
         results = pixels.in_order(pool, lambda index: see(found.pictures[index]), unknown)
         for done, (index, seen) in enumerate(results, 1 + total - len(unknown)):
@@ -303,9 +310,14 @@ def _plain(config: PrepareConfig) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
+def _settings(earlier: Prepared) -> dict[str, Any]:
+    """Those of an earlier set; what did not exist when it was made was as it is by default."""
+    return {**_plain(PrepareConfig()), **earlier.about["settings"]}
+
+
 def _changed_shaping(earlier: Prepared, config: PrepareConfig) -> list[str]:
     """Names of the settings that concern the pixels or texts read, and differ from the earlier ones."""
-    before, now = earlier.about["settings"], _plain(config)
+    before, now = _settings(earlier), _plain(config)
     return [name for name in _SHAPING if before[name] != now[name]]
 
 
@@ -343,7 +355,7 @@ def _unchanged(earlier: Prepared, found: Found, config: PrepareConfig, edits: Ed
     survey = earlier.survey
     seen = [(p.name, p.label, p.text, found.files.entries[p.name], p.split or "") for p in found.pictures]
     before = list(zip(survey.names, survey.labels, survey.texts, survey.entries, survey.splits, strict=True))
-    same = earlier.about["settings"] == _plain(config) and _edits(earlier) == edits
+    same = _settings(earlier) == _plain(config) and _edits(earlier) == edits
     return same and seen == before and earlier.about["unread"] == [list(pair) for pair in found.left_out]
 
 

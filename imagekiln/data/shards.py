@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from imagekiln.config import DataConfig
+from imagekiln.config import DataConfig, Fit
 from imagekiln.core import UNLABELLED, Batch
 from imagekiln.data import decode, pixels
 from imagekiln.data.files import printable
@@ -247,7 +247,7 @@ class ShardSource:
         rows: np.ndarray | None = None,
         size: tuple[int, int] | None = None,
         channels: Literal[0, 1, 3, 4] = 0,
-        fit: Literal["crop", "pad"] = "crop",
+        fit: Fit = "crop",
         background: str = "white",
         cache_bytes: int = CACHE_BYTES,
     ) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,26 @@ def to_picture(image_CHW: Tensor) -> Image.Image:
 def columns_for(count: int, num_classes: int) -> int:
     """Columns of a grid: one a class where the classes fit, else nearly square."""
     return num_classes if 2 <= num_classes <= 16 else max(1, math.isqrt(count))
+
+
+def write_all(
+    folder: Path, batches: Iterable[Tensor], kept: int, total: int, progress: Callable[[int, int], None] | None = None
+) -> tuple[list[Path], Tensor]:
+    """Write pictures as 000000.png, 000001.png, ... and return their files and at least the first `kept` of them.
+
+    batches: images_BCHW uint8 on the CPU, at least one. progress: told how many of `total` are written.
+    """
+    paths: list[Path] = []
+    first: list[Tensor] = []
+    for images in batches:
+        for image in images:
+            paths.append(folder / f"{len(paths):06d}.png")
+            write(to_picture(image), paths[-1])
+        if sum(map(len, first)) < kept:
+            first.append(images)
+        if progress is not None:
+            progress(len(paths), total)
+    return paths, torch.cat(first)
 
 
 def grid(images_BCHW: Tensor, columns: int, zoom: int = 0) -> Image.Image:

@@ -1,11 +1,14 @@
 """Labels for pictures that have none, proposed by classifiers of those that have one, with confidence one can count on.
 
-The labelled pictures to train on are dealt into K parts, class by class, and K classifiers each learn from all but one
-part, so that every labelled picture is judged by a classifier that never saw it (those held out, too). On these
-judgements a temperature T is fitted, confidence = max softmax(z / T), by minimising the negative log-likelihood (Guo et
-al. 2017, "On calibration of modern neural networks", arXiv:1706.04599), and they tell how often accepted labels are
-right. An unlabelled picture gets the mean probabilities of the K classifiers; a label is accepted from a threshold on
-(pseudo-labels: Lee 2013).
+Some classifiers learn from the labelled pictures, each from another seed, and judge together: z is the mean of their
+scores. Some labelled pictures are kept back, class by class; none of the classifiers sees them, nor those held out. On
+these a temperature T is fitted, confidence = max softmax(z / T), by minimising the negative log-likelihood (Guo et al.
+2017, "On calibration of modern neural networks", arXiv:1706.04599), after the scores are joined, not before (Rahaman
+and Thiery 2021, arXiv:2007.08792). A label is accepted from a threshold on (pseudo-labels: Lee 2013).
+
+The same pictures tell how often accepted labels are right. For this the judges have to be the same: where each labelled
+picture is judged by one classifier of a cross-validation and an unlabelled one by the mean of all, more of the accepted
+labels are right than is said, because several agree on them.
 
 What is expected holds if pictures with and without labels are of a kind: if a class has no labelled picture at all, its
 unlabelled ones get wrong labels.
@@ -48,6 +51,18 @@ BINS = 15
 COLDEST, HOTTEST = 0.05, 20.0
 """Between which the temperature is looked for."""
 
+KEPT_BACK = 0.25
+"""Largest share of the labelled pictures to train on that is kept back to be judged."""
+
+MOST_JUDGED = 1000
+"""Judged pictures, those held out among them, from which on no more are kept back: the interval is narrow by then."""
+
+PARTS = 5
+"""Of the judged pictures; what is said of one rests on a temperature that was fitted on the others."""
+
+FEW = 6
+"""Labelled pictures of a class below which its proposals are worth a word."""
+
 SETTINGS = {"train": {"doctor": "off"}}
 """Laid over the recipe of the judges."""
 
@@ -67,10 +82,10 @@ class Proposed:
 class Proposal:
     """What `propagate` found.
 
-    rows: every unlabelled picture of both sides. num_labelled: labelled pictures, each judged by a classifier that
-    never saw it; accuracy: share of them judged right, whatever the confidence. num_counted: of them, those with
-    confidence above the threshold; precision: share of these that is right, with low and high, its 95 % interval, all
-    None where there is none. calibration_error, uncalibrated_error: mean gap of confidence and accuracy, with the
+    rows: every unlabelled picture of both sides. num_labelled: labelled pictures; num_judged: those of them that no
+    classifier saw; accuracy: share of these that is judged right, whatever the confidence. num_counted: of these, those
+    with confidence above the threshold; precision: share of these that is right, with low and high, its 95 % interval,
+    all None where there is none. calibration_error, uncalibrated_error: mean gap of confidence and accuracy, with the
     temperature (chosen on other pictures than it is measured on) and without.
     """
 
@@ -78,6 +93,7 @@ class Proposal:
     threshold: float
     temperature: float
     num_labelled: int
+    num_judged: int
     accuracy: float
     num_counted: int
     precision: float | None
@@ -154,39 +170,38 @@ def propagate(
     sides = [dataset.train] if dataset.train is dataset.validation else [dataset.train, dataset.validation]
     labels = [_labels(side) for side in sides]
     _check(dataset, labels)
-    fold_N = _dealt(labels[0], len(seeds))
-    known = np.flatnonzero(labels[0] != UNLABELLED)
+    known, kept_back = labels[0] != UNLABELLED, _kept_back(labels)
+    learnt = Part(dataset.train, np.flatnonzero(known & ~kept_back))
     recipe = recipes.resolve(JUDGE_RECIPE, SETTINGS, settings)
-    logits: list[list[Tensor]] = []
-    for number, seed in enumerate(seeds):
-        rows, kept_back = known[fold_N[known] != number], known[fold_N[known] == number]
-        say(f"Training classifier {number + 1} of {len(seeds)} on {len(rows):,} labelled pictures.")
-        held_out = Part(dataset.train, kept_back if len(kept_back) else rows)
-        model = _trained(recipe, Part(dataset.train, rows), held_out, seed)
-        logits.append([_logits(model, side) for side in sides])
-    judged, truth, part = _judged(logits, labels, fold_N)
+    scores = [torch.zeros(len(side), dataset.train.num_classes) for side in sides]
+    for number, seed in enumerate(seeds, 1):
+        say(f"Training classifier {number} of {len(seeds)} on {len(learnt):,} labelled pictures.")
+        held_out = Part(dataset.train, np.flatnonzero(kept_back)) if kept_back.any() else learnt
+        model = _trained(recipe, learnt, held_out, seed)
+        for score_NK, side in zip(scores, sides, strict=True):
+            score_NK += _logits(model, side) / len(seeds)
+    unseen = [kept_back, *(side != UNLABELLED for side in labels[1:])]
+    judged = torch.cat([score[torch.from_numpy(rows)] for score, rows in zip(scores, unseen, strict=True)])
+    truth = torch.cat([torch.from_numpy(side[rows]) for side, rows in zip(labels, unseen, strict=True)])
     temperature = fitted_temperature(judged, truth)
-    # What is measured of the temperature is measured on parts it was not fitted on.
-    honest = torch.cat(
-        [_probabilities(judged[part == k], fitted_temperature(judged[part != k], truth[part != k])) for k in set(part)]
-    )
-    right = torch.cat([truth[part == k] for k in set(part)])
-    sure, hit = honest.max(1).values, honest.argmax(1) == right
-    counted, hits = int((sure >= threshold).sum()), int(hit[sure >= threshold].sum())
+    confidence, label = _cross_fitted(judged, truth).max(1)
+    hit = label == truth
+    counted, hits = int((confidence >= threshold).sum()), int(hit[confidence >= threshold].sum())
     interval = wilson(hits, counted) if counted else None
     return Proposal(
-        rows=_proposed(dataset, sides, labels, logits, temperature, threshold),
+        rows=_proposed(dataset, sides, labels, scores, temperature, threshold),
         threshold=threshold,
         temperature=temperature,
-        num_labelled=len(truth),
-        accuracy=float(hit.double().mean()),
+        num_labelled=sum(int((side != UNLABELLED).sum()) for side in labels),
+        num_judged=len(truth),
+        accuracy=float(hit.double().mean()) if len(hit) else math.nan,
         num_counted=counted,
         precision=hits / counted if counted else None,
         low=interval[0] if interval else None,
         high=interval[1] if interval else None,
-        calibration_error=calibration_error(sure, hit),
+        calibration_error=calibration_error(confidence, hit),
         uncalibrated_error=calibration_error(judged.softmax(1).max(1).values, judged.argmax(1) == truth),
-        notices=_notices(dataset, labels, len(seeds)),
+        notices=_notices(dataset, labels),
     )
 
 
@@ -198,13 +213,15 @@ def fitted_temperature(logits_NK: Tensor, labels_N: Tensor) -> float:
 
     The loss is convex in 1 / T, so that it has one minimum in log T, which golden section finds. One wrong judgement
     with the mean gap of scores is added to it (as in Laplace's rule of succession), so that a few pictures that are all
-    judged right do not make the next one certain.
+    judged right do not make the next one certain. Of no pictures at all the hottest one is taken: nothing is certain.
 
     >>> scores = torch.tensor([[4.0, 0.0]]).repeat(4000, 1)
     >>> odds_3_to_1 = torch.tensor([0, 0, 0, 1]).repeat(1000)
     >>> round(4 / fitted_temperature(scores, odds_3_to_1) / math.log(3), 2)
     1.0
     """
+    if not len(labels_N):
+        return HOTTEST
     logits_NK = logits_NK.double()
     mean_gap = (logits_NK.max(1).values - logits_NK.mean(1)).mean().clamp(min=1e-6)
 
@@ -248,6 +265,17 @@ def _probabilities(logits_NK: Tensor, temperature: float) -> Tensor:
     return (logits_NK.double() / temperature).softmax(1)
 
 
+def _cross_fitted(logits_NK: Tensor, labels_N: Tensor) -> Tensor:
+    """Probabilities of judged pictures, each with the temperature of the parts it is not in: (N, K) float64."""
+    part_N = torch.arange(len(labels_N)) % PARTS
+    found_NK = torch.zeros_like(logits_NK, dtype=torch.float64)
+    for part in range(PARTS):
+        others = part_N != part
+        temperature = fitted_temperature(logits_NK[others], labels_N[others])
+        found_NK[~others] = _probabilities(logits_NK[~others], temperature)
+    return found_NK
+
+
 # -- pictures and classifiers -----------------------------------------------------------------------------------------
 
 
@@ -271,16 +299,22 @@ def _check(dataset: datasets.Dataset, labels: list[np.ndarray]) -> None:
         raise UsageError(f"{dataset.name}: all {len(every):,} pictures have a label; there is nothing to propose.")
 
 
-def _dealt(labels_N: np.ndarray, parts: int) -> np.ndarray:
-    """A part 0..parts - 1 for every labelled picture, -1 for the others: each class is dealt out in turn."""
-    part_N = np.full(len(labels_N), -1)
-    start = 0
-    for label in np.unique(labels_N[labels_N != UNLABELLED]):
-        own = np.flatnonzero(labels_N == label)
-        order = np.argsort([mix("deal", int(row)) for row in own], kind="stable")
-        part_N[own[order]] = (start + np.arange(len(own))) % parts
-        start += len(own)  # so that classes with one picture do not all lack it in the same part
-    return part_N
+def _kept_back(labels: Sequence[np.ndarray]) -> np.ndarray:
+    """Which pictures to train on are kept back to be judged: bool, one a picture of the first side.
+
+    labels: of every side. Of each class the same share is kept back, rounded so that the sums are right, and never all.
+    """
+    known = np.flatnonzero(labels[0] != UNLABELLED)
+    wanted = MOST_JUDGED - sum(int((side != UNLABELLED).sum()) for side in labels[1:])
+    share = min(KEPT_BACK, max(0, wanted) / max(1, len(known)))
+    kept_N, due = np.zeros(len(labels[0]), np.bool_), 0.0
+    for label in np.unique(labels[0][known]):
+        own = np.flatnonzero(labels[0] == label)
+        due += share * len(own)
+        count = min(int(due + 1e-9), len(own) - 1)
+        due -= count
+        kept_N[own[np.argsort([mix("keep back", int(row)) for row in own], kind="stable")[:count]]] = True
+    return kept_N
 
 
 def _trained(recipe: Recipe, train: Source, held_out: Source, seed: int) -> Model:
@@ -309,48 +343,32 @@ def _logits(model: Model, source: Source) -> Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, source.num_classes)
 
 
-def _judged(
-    logits: list[list[Tensor]], labels: list[np.ndarray], fold_N: np.ndarray
-) -> tuple[Tensor, Tensor, np.ndarray]:
-    """(scores, labels, part) of every labelled picture, by the one classifier that is its turn and never saw it."""
-    scores, truth, parts = [], [], []
-    turn_N = [fold_N, *(np.arange(len(side)) % len(logits) for side in labels[1:])]
-    for side, (label_N, part_N) in enumerate(zip(labels, turn_N, strict=True)):
-        for number in range(len(logits)):
-            rows = np.flatnonzero((label_N != UNLABELLED) & (part_N == number))
-            scores.append(logits[number][side][torch.from_numpy(rows)])
-            truth.append(torch.from_numpy(label_N[rows]))
-            parts.append(np.full(len(rows), number))
-    return torch.cat(scores), torch.cat(truth), np.concatenate(parts)
-
-
 def _proposed(
     dataset: datasets.Dataset,
     sides: Sequence[Pictures],
     labels: list[np.ndarray],
-    logits: list[list[Tensor]],
+    scores: list[Tensor],
     temperature: float,
     threshold: float,
 ) -> list[Proposed]:
     found = []
     for side, source in enumerate(sides):
         rows = np.flatnonzero(labels[side] == UNLABELLED)
-        each = [_probabilities(own[side][torch.from_numpy(rows)], temperature) for own in logits]
-        confidence, label = torch.stack(each).mean(0).max(1)
+        confidence, label = _probabilities(scores[side][torch.from_numpy(rows)], temperature).max(1)
         for row, sure, number in zip(rows.tolist(), confidence.tolist(), label.tolist(), strict=True):
             name = dataset.train.class_names[number]
             found.append(Proposed(source.files[row], number, name, sure, sure >= threshold))
     return found
 
 
-def _notices(dataset: datasets.Dataset, labels: list[np.ndarray], parts: int) -> list[str]:
+def _notices(dataset: datasets.Dataset, labels: list[np.ndarray]) -> list[str]:
     counts = np.bincount(labels[0][labels[0] != UNLABELLED], minlength=dataset.train.num_classes)
     names = dataset.train.class_names
     found = []
     if missing := [names[k] for k in np.flatnonzero(counts == 0)]:
         found.append(f"No picture to train on is labelled {_some(missing)}: no label is proposed for such pictures.")
-    if few := [names[k] for k in np.flatnonzero((counts > 0) & (counts < 2 * parts))]:
-        found.append(f"Fewer than {2 * parts} pictures are labelled {_some(few)}: their labels are the least certain.")
+    if few := [names[k] for k in np.flatnonzero((counts > 0) & (counts < FEW))]:
+        found.append(f"Fewer than {FEW} pictures are labelled {_some(few)}: their labels are the least certain.")
     return found
 
 

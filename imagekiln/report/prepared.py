@@ -47,6 +47,7 @@ NOTES = {
     "alpha": "are partly transparent.",
     "grey": "are grey.",
     "frames": "are animations or have several pages; the first one was taken.",
+    "repaired": "were truncated and are used without the rows that are missing.",
     "extension": "are of another format than their name says; they were read as what they are.",
 }
 """What the notes of a survey mean, after "12 files ..."."""

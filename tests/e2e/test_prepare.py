@@ -49,6 +49,23 @@ def test_a_set_is_prepared_told_edited_and_trained_on(cli, tiny, photos: Path, t
         cli(*arguments).ok()
 
 
+def test_frames_a_cut_file_and_the_crop_are_asked_for(cli, photos: Path, tmp_path: Path) -> None:
+    frames = [Image.open(photos / f"{index:02d}.png") for index in range(3)]
+    frames[0].save(photos / "moving.png", save_all=True, append_images=frames[1:])
+    frames[2].resize((90, 120)).save(photos / "cut.jpg", quality=90)
+    raw = (photos / "cut.jpg").read_bytes()
+    (photos / "cut.jpg").write_bytes(raw[:-2])
+    plain = cli("prepare", photos, "--size", 8, "--out", tmp_path / "plain", "--json").ok().json()
+    assert ["cut.jpg", "truncated"] in plain["left_out"] and plain["counts"]["files"] == 34
+    options = ("--frames", "all", "--repair", "--fit", "smart", "--set", "clean.leave_out=[]")
+    facts = cli("prepare", photos, "--size", 8, "--out", tmp_path / "set", *options, "--json").ok().json()
+    assert facts["counts"]["files"] == 36 and facts["left_out"] == [["page.jpg", "not an image (HTML)"]]
+    assert any("1 truncated JPEG file" in notice for notice in facts["notices"])
+    rows = [json.loads(line) for line in (tmp_path / "set" / "metadata.jsonl").read_text().splitlines()]
+    moving = [row for row in rows if row["file_name"].startswith("moving.png#")]
+    assert len(moving) == 3 and len({row["split"] for row in moving}) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
@@ -57,6 +74,8 @@ def test_a_set_is_prepared_told_edited_and_trained_on(cli, tiny, photos: Path, t
         (["photos", "--set", "clean.min_sid=3"], 2, "min_side"),
         (["photos", "--set", "clean.leave_out=['blury']"], 2, "clean.leave_out"),
         (["photos", "--drop", "00.png"], 2, "holds no prepared set"),
+        (["photos", "--frames", "some"], 2, "frames"),
+        (["photos", "--fit", "smrt"], 2, "fit"),
         (["photos", "--caption-encoding", "klingon"], 2, "klingon"),
         (["photos", "--urls", "list.txt"], 2, "list.txt"),
         (["hf:../x"], 2, "is no data set"),

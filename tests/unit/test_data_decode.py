@@ -300,7 +300,13 @@ def test_shrinking_is_antialiased() -> None:
     assert np.abs(fit(Image.fromarray(board), (8, 8), channels=1)[2:6, 2:6].astype(int) - 127.5).max() < 3
 
 
-@given(st.integers(4, 40), st.integers(4, 40), st.integers(1, 40), st.integers(1, 40), st.sampled_from(["crop", "pad"]))
+@given(
+    st.integers(4, 40),
+    st.integers(4, 40),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.sampled_from(["crop", "smart", "pad"]),
+)
 @settings(max_examples=60, deadline=None)
 def test_a_flat_picture_stays_flat_at_any_size(height: int, width: int, rows: int, columns: int, how: str) -> None:
     out = fit(Image.new("RGB", (width, height), (9, 99, 199)), (rows, columns), how, background="#0963c7")

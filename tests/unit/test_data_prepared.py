@@ -163,6 +163,21 @@ def test_settings_change_without_the_pictures_unless_they_are_needed(photos: Pat
         prepare([], out, PrepareConfig(size=24))
 
 
+def test_a_set_made_before_a_setting_existed_is_as_it_was(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "set"
+    prepare([str(photos)], out, CONFIG)
+    about = json.loads((out / "prepare.json").read_text())
+    assert about["settings"].pop("frames") == "first" and about["settings"].pop("repair") is False
+    (out / "prepare.json").write_text(json.dumps(about))
+    before = contents(out)
+    monkeypatch.setattr(pixels, "see", None)  # nothing is looked at
+    prepare([str(photos)], out, CONFIG)
+    prepare([], out, CONFIG)
+    assert contents(out) == before
+
+
 def test_a_label_that_is_given_is_worth_more_than_a_proposed_one(photos: Path, tmp_path: Path) -> None:
     out, table = tmp_path / "set", photos / "metadata.csv"
     table.write_text("file_name,label\ncat/01.png,cat\ndog/00.png,dog\ncat/03.png,\n")

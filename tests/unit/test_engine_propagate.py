@@ -1,4 +1,4 @@
-"""Proposed labels: calibration against a grid in float64, dealing, errors, and digits that lost their labels."""
+"""Proposed labels: calibration against a grid in float64, keeping back, errors, and digits that lost their labels."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SMALL = ("train.total_kimg=5", "family.width=8", "train.batch=32", "optim.networ
 TINY = ("train.total_kimg=0.2", "family.width=8", "train.batch=16")
 
 
-def digits(keep: float, n: int = 1797, classes: int = 10) -> tuple[data.Dataset, np.ndarray]:
+def digits(keep: float, n: int = 1797, classes: int = 10, seed: int = 5) -> tuple[data.Dataset, np.ndarray]:
     """scikit-learn's digits with a share of their labels, and all labels by file number."""
     whole = builtin.load("digits", Path("unused"))
     chosen = np.flatnonzero(whole.labels < classes)[:n]
     images_NCHW, truth = whole.images_NHWC[chosen].transpose(0, 3, 1, 2), whole.labels[chosen]
-    labels = np.where(np.random.default_rng(5).random(len(chosen)) < keep, truth, UNLABELLED)
+    labels = np.where(np.random.default_rng(seed).random(len(chosen)) < keep, truth, UNLABELLED)
     return dataset_of(images_NCHW, labels), truth
 
 
@@ -55,6 +55,55 @@ def test_accepted_labels_are_right_as_often_as_promised(proposal):
     assert right.mean() > 0.9 - 3 * math.sqrt(0.9 * 0.1 / len(right))
     assert found.low - 0.03 <= right.mean()
     assert 0.9 - 3 * math.sqrt(0.9 * 0.1 / found.num_counted) < found.precision
+
+
+class Tally:
+    """What was said of many proposals and what was true."""
+
+    def __init__(self) -> None:
+        self.covered = self.said = self.counted = self.right = self.accepted = 0
+
+    def add(self, found: module.Proposal, truth: np.ndarray) -> None:
+        hits = sum(int(truth[int(row.file.removesuffix(".png"))]) == row.label for row in found.accepted)
+        self.covered += found.low <= hits / len(found.accepted) <= found.high
+        self.said, self.counted = self.said + found.precision * found.num_counted, self.counted + found.num_counted
+        self.right, self.accepted = self.right + hits, self.accepted + len(found.accepted)
+
+    def bias(self) -> float:
+        """What was said minus what was true, in standard deviations of the difference of two shares."""
+        share = (self.said + self.right) / (self.counted + self.accepted)
+        deviation = math.sqrt(share * (1 - share) * (1 / self.counted + 1 / self.accepted))
+        return (self.said / self.counted - self.right / self.accepted) / deviation
+
+
+def test_what_is_said_of_digits_is_true_and_its_interval_holds():
+    tally = Tally()
+    for seed in range(4):
+        dataset, truth = digits(keep=0.2, seed=seed)
+        found = propagate(dataset, 0.9, seeds=(2 * seed, 2 * seed + 1), settings=(*SMALL, "train.total_kimg=3"))
+        tally.add(found, truth)
+    assert tally.covered >= 3  # at 95 % each, fewer than 3 of 4 would be bad luck of 1 in 70
+    assert abs(tally.bias()) < 3
+
+
+def test_what_is_said_is_true_whatever_the_classifiers_are_like(monkeypatch):
+    """Scores of classifiers that err partly together and partly each on its own, in sets of their own."""
+    tally, num_sets, n = Tally(), 40, 1200
+    monkeypatch.setattr(module, "_trained", lambda recipe, train, held_out, seed: seed)
+    for number in range(num_sets):
+        rng = np.random.default_rng(number)
+        truth = rng.integers(0, 10, n)
+        alike_NK = 4.0 * np.eye(10)[truth] + rng.standard_normal((n, 10))
+        scores = {seed: torch.from_numpy(alike_NK + rng.standard_normal((n, 10))) for seed in range(3)}
+
+        def judged(seed, side, scores=scores):
+            return scores[seed][[int(file.removesuffix(".png")) for file in side.files]].float()
+
+        monkeypatch.setattr(module, "_logits", judged)
+        labels = np.where(rng.random(n) < 0.4, truth, UNLABELLED)
+        tally.add(propagate(dataset_of(rng.integers(0, 256, (n, 1, 2, 2), dtype=np.uint8), labels), 0.9), truth)
+    assert tally.covered >= 34  # binomial, 40 at 95 %: fewer would be bad luck of 1 in 70
+    assert abs(tally.bias()) < 3
 
 
 def test_every_unlabelled_picture_has_one_row(proposal):
@@ -97,9 +146,8 @@ def test_the_same_call_gives_the_same_from_the_cache(proposal):
 
 
 def _sizes(dataset: data.Dataset) -> list[int]:
-    labels = module._labels(dataset.train)
-    parts = module._dealt(labels, 2)
-    return [int(((parts != k) & (labels != UNLABELLED)).sum()) for k in range(2)]
+    labels = [module._labels(side) for side in (dataset.train, dataset.validation)]
+    return 2 * [int(((labels[0] != UNLABELLED) & ~module._kept_back(labels)).sum())]
 
 
 def test_two_labelled_pictures_are_enough_to_begin():
@@ -109,7 +157,8 @@ def test_two_labelled_pictures_are_enough_to_begin():
     for label in (0, 1):
         labels[next(index for index in np.flatnonzero(truth == label) if index in train)] = label
     found = propagate(dataset_of(builtin_images(truth), labels), 0.99, seeds=(0, 1), settings=TINY)
-    assert found.num_labelled == 2 and len(found.rows) == 38
+    assert (found.num_labelled, found.num_judged) == (2, 0) and len(found.rows) == 38
+    assert not found.accepted and found.precision is None and "unknown" in found.summary()
     assert all(math.isfinite(row.confidence) for row in found.rows)
     assert any("'2', '3'" in notice for notice in found.notices) and any("least certain" in n for n in found.notices)
 
@@ -198,12 +247,37 @@ def test_the_calibration_error_is_that_of_bins_counted_by_hand():
 # -- parts ------------------------------------------------------------------------------------------------------------
 
 
-def test_classes_are_dealt_out_evenly():
-    labels = np.array([0] * 10 + [1] * 3 + [2, 3] + [UNLABELLED] * 4)
-    part = module._dealt(labels, 3)
-    assert (part[labels == UNLABELLED] == -1).all() and set(part[:10]) == {0, 1, 2}
-    assert sorted(np.bincount(part[:10])) == [3, 3, 4] and sorted(part[10:13]) == [0, 1, 2]
-    assert part[13] != part[14]
+def test_a_share_of_every_class_is_kept_back_and_never_all_of_it():
+    labels = np.array([0] * 10 + [1] * 4 + [2, 3] + [UNLABELLED] * 4 + [4] * 82)
+    kept = module._kept_back([labels])
+    assert [int(kept[labels == k].sum()) for k in range(-1, 5)] == [0, 2, 1, 0, 0, 21]
+    assert (module._kept_back([labels]) == kept).all()
+    assert not module._kept_back([np.array([0, 1, UNLABELLED])]).any()
+
+
+def test_no_more_are_kept_back_than_are_of_use():
+    labels = np.repeat(np.arange(10), 1000)
+    for held_out, expected in ((0, 1000), (400, 600), (1000, 0), (5000, 0)):
+        assert module._kept_back([labels, np.zeros(held_out, np.int64)]).sum() == expected
+
+
+def test_judged_pictures_were_seen_by_no_classifier(monkeypatch):
+    seen: list[set[int]] = []
+    trained = module._trained
+
+    def watched(recipe, train, held_out, seed):
+        seen.append(set(train._rows.tolist()))
+        return trained(recipe, train, held_out, seed)
+
+    monkeypatch.setattr(module, "_trained", watched)
+    dataset, _ = digits(keep=0.5, n=60)
+    found = propagate(dataset, 0.9, seeds=(0, 1), settings=TINY)
+    labels = [module._labels(side) for side in (dataset.train, dataset.validation)]
+    kept = set(np.flatnonzero(module._kept_back(labels)).tolist())
+    known = set(np.flatnonzero(labels[0] != UNLABELLED).tolist())
+    assert seen == [known - kept] * 2 and 0 < len(kept) < len(known)
+    assert found.num_judged == len(kept) + int((labels[1] != UNLABELLED).sum())
+    assert found.num_labelled == len(known) + int((labels[1] != UNLABELLED).sum())
 
 
 def test_a_part_is_a_source_with_its_own_fingerprint():

@@ -70,10 +70,10 @@ def run(survey: Survey, config: CleanConfig) -> list[Finding]:
     return [finding for check, _ in CHECKS.values() for finding in check(survey, config)]
 
 
-def groups(survey: Survey, findings: Iterable[Finding]) -> np.ndarray:
+def groups(survey: Survey, findings: Iterable[Finding], together: Iterable[tuple[int, int]] = ()) -> np.ndarray:
     """Content groups: (N,) int64, the smallest index among a file and its exact and near duplicates, of any degree.
 
-    Files of one group must fall on one side of a split.
+    Files of one group must fall on one side of a split. together: further pairs that belong into one group.
     """
     pairs = [(f.index, f.other) for f in findings if f.check in ("duplicate", "near_duplicate") and f.other >= 0]
-    return duplicates.joined(len(survey), pairs)
+    return duplicates.joined(len(survey), [*pairs, *together])
