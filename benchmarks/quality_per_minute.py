@@ -94,7 +94,7 @@ class Logbook(Silent):
     """Listens to our training: keeps its seconds in a file beside the run, so that they survive an interruption."""
 
     def __init__(self, run: Run, name: str) -> None:
-        self.file, self.name, self._said_sec = _seconds_file(run), name, 0.0
+        self.run, self.file, self.name, self._said_sec = run, _seconds_file(run), name, 0.0
         before = our_seconds(run)
         self.stopwatch = Stopwatch(before["wall"], before.get("cpu", 0.0))
 
@@ -123,16 +123,23 @@ def our_recipe(options: argparse.Namespace, seed: int) -> Recipe:
 
 
 def train_ours(options: argparse.Namespace, seed: int, dataset: datasets.Dataset) -> None:
-    """Train or continue ours; the length of a run that exists is what its recipe says."""
+    """Train or continue ours."""
     run = Run(_our_folder(options, seed))
+    logbook = Logbook(run, f"{OURS}, seed {seed}")
+    train_within(our_recipe(options, seed), dataset, logbook, options.minutes, options.budget, options.kimg)
+
+
+def train_within(
+    recipe: Recipe, dataset: datasets.Dataset, logbook: Logbook, minutes: float, budget: str, kimg: float | None = None
+) -> None:
+    """Train or continue the logbook's run for a budget, or `kimg`; the length of one that exists is its recipe's."""
+    run = logbook.run
     if run.status().get("state") == "finished":
         return
-    logbook = Logbook(run, f"{OURS}, seed {seed}")
-    recipe = our_recipe(options, seed)
     if run.exists():
         total_kimg = recipes.complete(read_toml(run.recipe_path)).train.total_kimg
     else:
-        total_kimg = options.kimg or planned_kimg(recipe, dataset, options.minutes, options.budget)
+        total_kimg = kimg or planned_kimg(recipe, dataset, minutes, budget)
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"total_kimg": total_kimg})})
     try:
         api.train(recipe, "", run.path, listener=logbook)
@@ -243,7 +250,7 @@ def measure_ours(options: argparse.Namespace, seed: int, bench: Bench) -> dict[s
         "seconds": our_seconds(run),
         "parameters": ours.parameters(model.family),
         "sampling": sampling.model_dump(),
-        "rows": _measured(bench, count, pictures, labels, subject, run.path.with_suffix(".measured.json")),
+        "rows": measured(bench, count, pictures, labels, subject, run.path.with_suffix(".measured.json")),
     }
 
 
@@ -266,11 +273,11 @@ def measure_peer(options: argparse.Namespace, seed: int, bench: Bench) -> dict[s
         "seconds": state["seconds"],
         "parameters": ours.parameters(loop.net),
         "sampling": {"sampler": "DDPMScheduler", "evaluations": evaluations},
-        "rows": _measured(bench, count, pictures, None, subject, file.with_suffix(".measured.json")),
+        "rows": measured(bench, count, pictures, None, subject, file.with_suffix(".measured.json")),
     }
 
 
-def _measured(
+def measured(
     bench: Bench,
     count: int,
     pictures: Callable[[], torch.Tensor],
@@ -308,7 +315,7 @@ def record_rows(sides: Mapping[str, list[dict[str, Any]]], seeds: Sequence[int],
             if len(seconds) == len(runs):
                 rows.append(Row.of(f"{side}, training ({kind})", seconds, "s", seeds))
         rows.append(Row.of(f"{side}, images seen", [run["kimg"] for run in runs], "kimg", seeds))
-        for label, found in _by_label(runs).items():
+        for label, found in by_label(runs).items():
             rows.append(Row.of(f"{side}, {label}", [m.value for m in found], "", seeds, n))
             floors = [m.floor for m in found if m.floor is not None]
             if len(floors) == len(found):
@@ -317,8 +324,8 @@ def record_rows(sides: Mapping[str, list[dict[str, Any]]], seeds: Sequence[int],
             if len(ratios) == len(found):
                 rows.append(Row.of(f"{side}, {label} / real pictures", ratios, "times", seeds, n))
     if PEER in sides:
-        theirs = _by_label(sides[PEER])
-        for label, found in _by_label(sides[OURS]).items():
+        theirs = by_label(sides[PEER])
+        for label, found in by_label(sides[OURS]).items():
             pairs = list(zip(found, theirs.get(label, []), strict=False))
             if len(pairs) == len(found) and all(other.value for _, other in pairs):
                 values = [mine.value / other.value for mine, other in pairs]
@@ -326,7 +333,7 @@ def record_rows(sides: Mapping[str, list[dict[str, Any]]], seeds: Sequence[int],
     return rows
 
 
-def _by_label(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Measurement]]:
+def by_label(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Measurement]]:
     """Measurements by label, one a seed; labels that some seed lacks are left out."""
     found: dict[str, list[Measurement]] = {}
     for run in runs:

@@ -73,6 +73,7 @@ def generate(
     from imagekiln import api
     from imagekiln.config import override
 
+    sampling = {"steps": steps, "guidance": guidance, "sampler": sampler, "truncation": truncation, "strength": strength}
     drawn = api.generate(
         run,
         n,
@@ -92,8 +93,7 @@ def generate(
         mix=mix,
         crossover=crossover,
         progress=progress("Drawing"),
-        **{"steps": steps, "guidance": guidance, "sampler": sampler, "truncation": truncation, "strength": strength},
-        **override({}, options or []),
+        **override(sampling, options or []),
     )
     sheets = {key: path for key in ("grid", "walk", "strip", "mix") if (path := getattr(drawn, key)) is not None}
     text = f"Drew {len(drawn.pictures)} pictures with {drawn.weights.name}: {', '.join(map(str, sheets.values()))}"
