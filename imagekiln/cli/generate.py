@@ -73,7 +73,7 @@ def generate(
     from imagekiln import api
     from imagekiln.config import override
 
-    sampling = {"steps": steps, "guidance": guidance, "sampler": sampler, "truncation": truncation, "strength": strength}
+    given = {"steps": steps, "guidance": guidance, "sampler": sampler, "strength": strength, "truncation": truncation}
     drawn = api.generate(
         run,
         n,
@@ -93,7 +93,7 @@ def generate(
         mix=mix,
         crossover=crossover,
         progress=progress("Drawing"),
-        **override(sampling, options or []),
+        **override(given, options or []),
     )
     sheets = {key: path for key in ("grid", "walk", "strip", "mix") if (path := getattr(drawn, key)) is not None}
     text = f"Drew {len(drawn.pictures)} pictures with {drawn.weights.name}: {', '.join(map(str, sheets.values()))}"
