@@ -8,6 +8,7 @@ fixed random convolutions where there are no labels; `engine.extractors` knows t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import time
 from collections.abc import Sequence
@@ -88,8 +89,12 @@ class Bench:
         self.metrics, self.thorough, self.chosen = metrics_named(metrics), metrics == "all", metrics not in BUNDLES
         self.labelled = dataset.train.num_classes >= 2
         self.spaces = [self._space(name.strip()) for name in features.split(",")]
-        self.judge: Any = judge(dataset, 1, say).family if self.labelled else None
         self._statistics: dict[str, Statistics] = {}
+
+    @functools.cached_property
+    def judge(self) -> Any:
+        """What says which class a picture shows, trained when it is first asked; None for a set without labels."""
+        return judge(self.dataset, 1, self.say).family if self.labelled else None
 
     def _space(self, name: str) -> Space:
         if name == "auto":
@@ -147,7 +152,7 @@ class Bench:
             return rows
         rows += self._copying(self._of(images, self.spaces[0]))
         rows += self._spectrum(images)
-        if self.judge is not None and labels is not None and self.dataset.train.num_classes:
+        if labels is not None and self.labelled:
             rows.append(self._label_accuracy(images, torch.tensor(labels)))
         return rows
 

@@ -85,9 +85,10 @@ def founded(recipe: Recipe) -> Recipe:
     """The recipe of a family that learns from pretrained weights, with the full path of their folder and with the
     autoencoder in it as codec; any other recipe as it is."""
     field = registry.load(recipe.family.name).foundation
-    folder = Path(getattr(recipe.family, field)).expanduser() if field else None
-    if folder is None or not folder.is_dir():
+    named = getattr(recipe.family, field) if field else ""
+    if not named or not Path(named).expanduser().is_dir():
         return recipe
+    folder = Path(named).expanduser()
     family = recipe.family.model_copy(update={field: str(folder.absolute())})
     codec = recipe.data.codec or (str(folder.absolute()) if published.folder_of(str(folder)) else "")
     return recipe.model_copy(update={"family": family, "data": recipe.data.model_copy(update={"codec": codec})})

@@ -24,6 +24,8 @@ def tiny() -> Callable[..., list[str]]:
     def arguments(family: str, out: Path, nimg: int = 240, checkpoint_nimg: int = 16, **settings: object) -> list[str]:
         fields = registry.load(family).Config.model_fields
         small = {f"family.{key}": value for key, value in SMALL.items() if key in fields}
+        if foundation := registry.load(family).foundation:
+            small[f"family.{foundation}"] = registry.load(family).check_settings[foundation]
         train = {
             "batch": 16,
             "total_kimg": nimg / 1000,

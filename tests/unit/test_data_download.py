@@ -69,14 +69,20 @@ class Answer(http.server.BaseHTTPRequestHandler):
             site.agents.add(self.headers["User-Agent"])
             site.times.append(time.monotonic())
             site.now += 1
+            self.counted = 1
             site.most = max(site.most, site.now)
         try:
             getattr(self, self.path.split("/")[1].partition("?")[0])(site.asked[self.path])
         except (TimeoutError, ConnectionError):
             self.close_connection = True
         finally:
-            with site.lock:
-                site.now -= 1
+            self.leave()
+
+    def leave(self) -> None:
+        """No longer counted: called before the last byte, after which the client may ask for the next picture."""
+        with self.server.lock:
+            self.server.now -= self.counted
+            self.counted = 0
 
     def log_message(self, *arguments: Any) -> None:
         pass
@@ -89,6 +95,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
     def body(self, raw: bytes, **headers: str) -> None:
         self.head(200, **{"Content_Type": "image/png", "Content_Length": str(len(raw)), **headers})
+        self.leave()
         self.wfile.write(raw)
 
     def ok(self, time: int) -> None:

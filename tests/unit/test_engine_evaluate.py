@@ -96,6 +96,22 @@ def test_a_run_keeps_its_measurements(tmp_path: Path) -> None:
     assert "FD[randconv-v1]" in table and "best" not in table, "equal runs must not be ranked"
 
 
+def test_what_only_gives_pictures_back_is_measured_without_a_judge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IMAGEKILN_CACHE", str(tmp_path / "cache"))
+    settings = {
+        "family": {"width": 8, "factor": 2, "adversarial_weight": 0},
+        "train": {"total_kimg": 0.064, "batch": 32, "doctor": "off"},
+    }
+    run = api.train("autoencoder", "builtin:digits", tmp_path / "run", settings=settings)
+    sentences: list[str] = []
+    found = {row.metric for row in api.evaluate(run, progress=sentences.append)}
+    assert {"psnr", "mse"} <= found and not {"label_accuracy", "frechet"} & found
+    assert not list((tmp_path / "cache").glob("**/judge*")), "digits have labels, and nothing here needs them"
+    assert not sentences
+
+
 def test_a_folder_of_pictures_is_measured(tmp_path: Path) -> None:
     from PIL import Image
     from sklearn.datasets import load_digits

@@ -15,7 +15,7 @@ from PIL import Image
 import imagekiln
 from imagekiln.core import Batch, Condition, Progress, seeded_noise
 from imagekiln.diffusion.paths import SteppedVP
-from imagekiln.engine import published
+from imagekiln.engine import published, recipe
 from imagekiln.engine.models import open_model
 from imagekiln.errors import ImagekilnError, RecipeError, UsageError
 from imagekiln.families.fine_tune import FineTune, FineTuneConfig
@@ -315,6 +315,13 @@ def test_pickles_and_remote_code_are_refused(bases, tmp_path):
 def test_settings_that_cannot_be_are_refused(settings: dict, sentence: str):
     with pytest.raises(RecipeError, match=sentence):
         FineTune(FineTuneConfig(**({"base": "random:sd1"} | settings)), (4, 8, 8), 0)
+
+
+def test_a_base_that_is_not_named_is_not_the_folder_at_hand(bases, monkeypatch):
+    monkeypatch.chdir(bases["sd1"])
+    assert recipe.founded(recipe.resolve("fine_tune")) == recipe.resolve("fine_tune")
+    named = recipe.founded(recipe.resolve("fine_tune", {"family": {"base": "."}}))
+    assert named.family.base == named.data.codec == str(bases["sd1"])
 
 
 def test_latents_of_another_kind_are_refused(bases):
