@@ -249,7 +249,8 @@ def main() -> None:
             "Every measurement in a fresh process; intervals are the smallest and the largest of all rounds.",
             f"The aims were 2 times Pillow and datasets, 20 times a second run, 35 dB and {TARGET_MB} MB.",
         ]
-        print(write_record("prepare-speed", this_command(), rows, notes=notes, photos=options.photos))
+        name = "prepare-memory" if not options.photos else "prepare-speed" if options.data else "prepare-speed-alike"
+        print(write_record(name, this_command(), rows, notes=notes, photos=options.photos))
 
 
 if __name__ == "__main__":
