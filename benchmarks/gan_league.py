@@ -229,8 +229,11 @@ def misfits(options: argparse.Namespace, dataset: datasets.Dataset) -> dict[str,
 # -- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measure(options: argparse.Namespace, bench: Bench, family: str, seed: int) -> dict[str, Any]:
-    """Everything about one finished run; what was drawn and measured before is taken from files beside it."""
+def measure(options: argparse.Namespace, bench: Bench, narrow: Bench, family: str, seed: int) -> dict[str, Any]:
+    """Everything about one finished run; what was drawn and measured before is taken from files beside it.
+
+    narrow: a bench of the Frechet distance alone, for the moments.
+    """
     run = run_of(options, family, seed)
     model, count = open_model(run), bench.count(options.n)
     labels = bench.labels(count)
@@ -252,11 +255,11 @@ def measure(options: argparse.Namespace, bench: Bench, family: str, seed: int) -
         "rows": measured(bench, count, drawn, labels, subject_of(model), run.path.with_suffix(".measured.json")),
     }
     if family not in REFERENCES:
-        found["moments"] = moments(options, bench, run, labels)
+        found["moments"] = moments(options, narrow, run, labels)
     return found
 
 
-def moments(options: argparse.Namespace, bench: Bench, run: Run, labels: Sequence[int]) -> dict[str, float]:
+def moments(options: argparse.Namespace, narrow: Bench, run: Run, labels: Sequence[int]) -> dict[str, float]:
     """Frechet distance by images seen, of the best moment by the run's own account and some others, the last included.
 
     It is that of the first space of features, from as many pictures as are drawn in all.
@@ -267,7 +270,6 @@ def moments(options: argparse.Namespace, bench: Bench, run: Run, labels: Sequenc
     last = max(files)
     chosen = {*spread(sorted(files), options.moments), last, int(best.stem.split("-", 1)[0])}
     distances = {}
-    narrow = Bench(bench.dataset, options.features, bench.seed, command.say, "", metrics="frechet")
     for nimg in sorted(chosen):
         model = load_model(files[nimg])
         file = moments_folder(run) / f"{nimg:09d}.measured.json"
@@ -452,12 +454,13 @@ def work(options: argparse.Namespace) -> Path | None:
     if options.train_only:
         return None
     bench = Bench(dataset, options.features, 0, command.say, "")
+    narrow = Bench(dataset, options.features, 0, command.say, "", metrics="frechet")
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for seed in options.seeds:
         for family in families:
             state = run_of(options, family, seed).status().get("state", "missing")
             if state == "finished":
-                found.setdefault(family, {})[seed] = measure(options, bench, family, seed)
+                found.setdefault(family, {})[seed] = measure(options, bench, narrow, family, seed)
             else:
                 left_out.append(f"{family}, seed {seed}, was left out: its run is {state}.")
         drawn = [family for family in families if seed in found.get(family, {})]

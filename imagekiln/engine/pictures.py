@@ -15,14 +15,32 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from imagekiln.config import Fit
 from imagekiln.core import Source
+from imagekiln.data.decode import Unusable, fit, open_safely
 from imagekiln.engine.run import write_whole
+from imagekiln.errors import DataError
 
 GRID_SIDE = 1024
 FRAME_SIDE = 256
 """Pixels up to which the frames of an animation are enlarged."""
 LETTERS = 8, 16
 """Smallest and largest size of the names beside a grid, in pixels."""
+
+
+def read(path: Path, image_shape: tuple[int, ...], how: Fit = "crop", background: str = "white") -> Tensor:
+    """A picture from outside at a model's size: uint8 (C, H, W). how, background: as `data.decode.fit` takes them.
+
+    Raises:
+        DataError: it cannot be used.
+    """
+    channels, height, width = image_shape
+    try:
+        image = open_safely(path)
+    except Unusable as error:
+        raise DataError(f"{path} cannot be used: {error}. Give one picture, such as a PNG or JPEG file.") from None
+    pixels_HWC = fit(image, (height, width), how, background, channels)  # type: ignore[arg-type]
+    return torch.from_numpy(pixels_HWC).permute(2, 0, 1).contiguous()
 
 
 def to_picture(image_CHW: Tensor) -> Image.Image:

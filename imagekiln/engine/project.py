@@ -31,13 +31,12 @@ from torch.nn import functional
 
 from imagekiln.core import UNLABELLED, Condition, Family, half_cosine, mix, seeded_noise
 from imagekiln.data import to_float, to_uint8
-from imagekiln.data.decode import Unusable, fit, open_safely
 from imagekiln.engine import pictures
 from imagekiln.engine.generate import asked_for, in_parts, pictured
 from imagekiln.engine.latents import StyleSpace
 from imagekiln.engine.models import Model, open_model
 from imagekiln.engine.run import Run, disk_faults, write_whole
-from imagekiln.errors import DataError, UsageError
+from imagekiln.errors import UsageError
 from imagekiln.metrics import RandomConv
 from imagekiln.metrics.features import SMALLEST_SIDE
 
@@ -194,14 +193,8 @@ def read_picture(path: Path, model: Model) -> Tensor:
     Raises:
         DataError: it cannot be used.
     """
-    channels, height, width = model.family.picture_shape
     data = model.recipe.data
-    try:
-        image = open_safely(path)
-    except Unusable as error:
-        raise DataError(f"{path} cannot be used: {error}. Give one picture, such as a PNG or JPEG file.") from None
-    pixels_HWC = fit(image, (height, width), data.fit, data.background, channels)  # type: ignore[arg-type]
-    return torch.from_numpy(pixels_HWC).permute(2, 0, 1).contiguous()
+    return pictures.read(path, model.family.picture_shape, data.fit, data.background)
 
 
 # -- the search -------------------------------------------------------------------------------------------------------

@@ -10,17 +10,18 @@ Shapes: B pictures, C channels, H rows, W columns, of pictures; h, w of what a f
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from imagekiln.config import Fit
 from imagekiln.core import Condition
 from imagekiln.data import to_float
-from imagekiln.data.decode import Unusable, fit, open_safely
+from imagekiln.engine import pictures
 from imagekiln.engine.models import Model
-from imagekiln.errors import DataError, UsageError
+from imagekiln.errors import UsageError
 
 
 class Start(NamedTuple):
@@ -78,10 +79,5 @@ def begun(model: Model, picture: str | Path | None, mask: str | Path | None, opt
 
 def _read(path: Path, model: Model, channels: int, background: str) -> Tensor:
     """images_1CHW float32 in [-1, 1] at the model's size, picture and mask cut or padded alike."""
-    _, rows, columns = model.family.picture_shape
-    how: Literal["crop", "pad"] = "pad" if model.recipe.data.fit == "pad" else "crop"
-    try:
-        pixels_HWC = fit(open_safely(path), (rows, columns), how, background, channels)  # type: ignore[arg-type]
-    except Unusable as error:
-        raise DataError(f"{path} cannot be used: {error}. Give one picture, such as a PNG or JPEG file.") from None
-    return to_float(torch.from_numpy(pixels_HWC).permute(2, 0, 1)[None].contiguous())
+    how: Fit = "pad" if model.recipe.data.fit == "pad" else "crop"  # a smart crop would cut each by its own edges
+    return to_float(pictures.read(path, (channels, *model.family.picture_shape[1:]), how, background)[None])

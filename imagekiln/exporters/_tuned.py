@@ -29,12 +29,11 @@ from imagekiln.errors import UsageError
 from imagekiln.exporters import _folder
 from imagekiln.exporters._card import write_card
 from imagekiln.nets.adapters import Adapters, LowRank, NewWord
-from imagekiln.nets.pretrained import RANDOM, Pretrained
+from imagekiln.nets.pretrained import PIPELINES, RANDOM, Pretrained
 
 TOLERANCE = 1e-4
 """Largest difference of a pixel, in [0, 1], between the pipeline's picture and ours."""
 
-PIPELINES = {"sd1": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline"}
 LORA, WORD = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
 STEPS, SCALE, NEGATIVE = 4, 3.0, "x"
 

@@ -36,11 +36,13 @@ REMEMBERED = 1024
 """Different texts whose encodings are kept, where encoders do not change."""
 
 RANDOM = "random:"
-_PIPELINES = {
-    "StableDiffusionPipeline": "sd1",
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusion3Pipeline": "sd3",
+PIPELINES = {
+    "sd1": "StableDiffusionPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "sd3": "StableDiffusion3Pipeline",
 }
+"""Classes of diffusers, by layout."""
+
 _ENCODERS = {"CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"}
 _TOKENIZERS = {"CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast"}
 
@@ -129,12 +131,11 @@ class Pretrained:
         if learning:
             return self._encoded(tokens_BL, networks)
         keys = [row.numpy().tobytes() for row in tokens_BL.cpu()]
-        new = {key: place for place, key in enumerate(keys) if key not in self._remembered}
-        if new:
-            with torch.no_grad():
-                states_BLW, whole_BP = self._encoded(tokens_BL[list(new.values())], networks)
-            for place, key in enumerate(new):
-                self._remembered[key] = states_BLW[place], None if whole_BP is None else whole_BP[place]
+        for place, key in enumerate(keys):
+            if key not in self._remembered:  # each alone: what is remembered must not depend on its first neighbours
+                with torch.no_grad():
+                    states_1LW, whole_1P = self._encoded(tokens_BL[place : place + 1], networks)
+                self._remembered[key] = states_1LW[0], None if whole_1P is None else whole_1P[0]
         states, whole = zip(*(self._remembered[key] for key in keys), strict=True)
         while len(self._remembered) > REMEMBERED:
             self._remembered.popitem(last=False)
@@ -220,31 +221,31 @@ def fingerprint(folder: str) -> str:
 def _opened(folder: str) -> dict[str, Any]:
     root = Path(folder).expanduser()
     index = _index(root, folder)
-    name = index["_class_name"]
+    kind = next(kind for kind, name in PIPELINES.items() if name == index["_class_name"])
     library, models = diffusers(), _transformers()
-    denoiser = "SD3Transformer2DModel" if _PIPELINES[name] == "sd3" else "UNet2DConditionModel"
-    place = "transformer" if _PIPELINES[name] == "sd3" else "unet"
+    place = "transformer" if kind == "sd3" else "unet"
+    denoiser = getattr(library, "SD3Transformer2DModel" if kind == "sd3" else "UNet2DConditionModel")
     encoders, tokenizers = [], []
     for number in ("", "_2", "_3"):
-        kind, reader = index.get(f"text_encoder{number}", [None, None])[1], index.get(f"tokenizer{number}")
-        if kind is None or reader is None:
+        encoder, reader = (index.get(f"{part}{number}") or [None, None] for part in ("text_encoder", "tokenizer"))
+        if encoder[1] is None or reader[1] is None:
             continue
-        if kind not in _ENCODERS or reader[1] not in _TOKENIZERS:
+        if encoder[1] not in _ENCODERS or reader[1] not in _TOKENIZERS:
             raise RecipeError(
-                f"family.base = {folder!r}: its text encoder is a {kind} with a {reader[1]}; expected one of "
+                f"family.base = {folder!r}: its text encoder is a {encoder[1]} with a {reader[1]}; expected one of "
                 f"{', '.join(sorted(_ENCODERS))}."
             )
-        encoders.append(_weights(getattr(models, kind), root / f"text_encoder{number}"))
+        encoders.append(_weights(getattr(models, encoder[1]), root / f"text_encoder{number}"))
         tokenizers.append(
             getattr(models, reader[1]).from_pretrained(root / f"tokenizer{number}", local_files_only=True)
         )
     return {
-        "kind": _PIPELINES[name],
-        "denoiser": _weights(getattr(library, denoiser), root / place),
+        "kind": kind,
+        "denoiser": _weights(denoiser, root / place),
         "encoders": encoders,
         "tokenizers": tokenizers,
-        "noise": noise_of(_json(root / "scheduler" / "scheduler_config.json"), _PIPELINES[name]),
-        "silent_when_empty": _PIPELINES[name] == "sdxl" and index.get("force_zeros_for_empty_prompt", True),
+        "noise": noise_of(_json(root / "scheduler" / "scheduler_config.json"), kind),
+        "silent_when_empty": kind == "sdxl" and index.get("force_zeros_for_empty_prompt", True),
     }
 
 
@@ -262,10 +263,9 @@ def _index(root: Path, folder: str) -> dict[str, Any]:
             "model of the hub is fetched by huggingface_hub.snapshot_download(NAME, revision=COMMIT, local_dir=FOLDER)."
         )
     index = _json(root / "model_index.json")
-    if index.get("_class_name") not in _PIPELINES:
-        raise RecipeError(
-            f"family.base = {folder!r} holds a {index.get('_class_name')}; expected one of {', '.join(_PIPELINES)}."
-        )
+    if index.get("_class_name") not in PIPELINES.values():
+        known = ", ".join(PIPELINES.values())
+        raise RecipeError(f"family.base = {folder!r} holds a {index.get('_class_name')}; expected one of {known}.")
     return index
 
 
@@ -393,7 +393,7 @@ RANDOM_BETAS = {
 
 def _random(folder: str, channels: int) -> dict[str, Any]:
     kind = folder.removeprefix(RANDOM)
-    if kind not in _PIPELINES.values():
+    if kind not in PIPELINES:
         raise RecipeError(f"family.base = {folder!r}: expected random:sd1, random:sdxl or random:sd3.")
     parts = random_parts(kind, channels)
     numbers = ("", "_2") if kind != "sd1" else ("",)

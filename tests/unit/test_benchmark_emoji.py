@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
@@ -17,15 +15,8 @@ import torch
 from imagekiln.data.captions import reworded, tags, varied
 from imagekiln.errors import UsageError
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+pytestmark = pytest.mark.usefixtures("beside_the_benchmarks")
 CAPTIONS = ["red apple, fruit, food, red, sweet thing", "sweet, food, sugar", "apple, fruit", "man: bald, hair, no"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _beside_the_benchmarks() -> Iterator[None]:
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
 
 
 def _concepts() -> list:

@@ -7,7 +7,6 @@ import doctest
 import importlib
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,15 +23,8 @@ from imagekiln.engine import registry
 from imagekiln.engine.generate import invents
 from imagekiln.metrics import Measurement, Provenance
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+pytestmark = pytest.mark.usefixtures("beside_the_benchmarks")
 GREY_32 = (1, 32, 32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _beside_the_benchmarks() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield
 
 
 @pytest.fixture(scope="module")

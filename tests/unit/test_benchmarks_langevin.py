@@ -6,8 +6,6 @@ import itertools
 import json
 import math
 import statistics
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _beside_the_benchmarks() -> Iterator[None]:
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
+pytestmark = pytest.mark.usefixtures("beside_the_benchmarks")
 
 
 def test_paired_intervals_are_those_of_the_books() -> None:

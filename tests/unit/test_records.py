@@ -8,7 +8,6 @@ import importlib
 import json
 import math
 import platform
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -20,16 +19,10 @@ from hypothesis import strategies as st
 from imagekiln.errors import DiskError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+pytestmark = pytest.mark.usefixtures("beside_the_benchmarks")
 SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
 KEYS = {"name", "date", "command", "hardware", "versions", "commit", "rows", "notes", "facts"}
 ROW_KEYS = {"what", "value", "unit", "n", "seeds", "interval", "sd", "raw"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _beside_the_benchmarks() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield
 
 
 @pytest.fixture(scope="module")
