@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from imagekiln.core import Batch
 from imagekiln.data import cache_folder, to_float
-from imagekiln.engine.run import Run, disk_faults, write_whole
+from imagekiln.engine.run import Run, aside_of, disk_faults, write_whole
 
 BATCH = 64
 
@@ -160,8 +159,7 @@ def _encode_all(codec: Codec, source: Any, path: Path, mirrored: bool) -> None:
     count = len(source)
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(prefix=".", suffix=".npy", dir=path.parent)
-        os.close(handle)
+        aside = aside_of(path)
         try:
             rows = None
             for copy in range(1 + mirrored):
@@ -176,4 +174,4 @@ def _encode_all(codec: Codec, source: Any, path: Path, mirrored: bool) -> None:
                 rows.flush()
             os.replace(aside, path)
         finally:
-            Path(aside).unlink(missing_ok=True)
+            aside.unlink(missing_ok=True)

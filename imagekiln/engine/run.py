@@ -9,7 +9,7 @@ import contextlib
 import errno
 import json
 import os
-import tempfile
+import secrets
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -47,23 +47,23 @@ def write_whole(path: Path, data: bytes | str) -> None:
     """
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        aside = aside_of(path)
         try:
-            with os.fdopen(handle, "wb") as file:
+            with aside.open("xb") as file:
                 file.write(data.encode() if isinstance(data, str) else data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(aside, 0o666 & ~_umask())
             os.replace(aside, path)
-        except BaseException:
-            Path(aside).unlink(missing_ok=True)
-            raise
+        finally:
+            aside.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def aside_of(path: Path) -> Path:
+    """A hidden name beside `path` to write under before renaming.
+
+    It is named before it is made, so that whoever makes it can promise to remove it, wherever a signal comes in.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
 class Run:
