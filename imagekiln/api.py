@@ -149,6 +149,7 @@ def train(
     minutes: float | None = None,
     settings: Mapping[str, Any] | None = None,
     assignments: Sequence[str] = (),
+    begin_with: str | Path | None = None,
     listener: Any = None,
     progress: Report | None = None,
 ) -> Run:
@@ -157,6 +158,7 @@ def train(
     recipe: a recipe's name, a `.toml` file, a family's name or file, or a complete `Recipe`.
     minutes: fixes the length of the run from the speed measured at its start.
     settings, assignments: values laid over the recipe, as a nested mapping or as `"train.batch=32"`.
+    begin_with: a run of the same family whose weights, settings and pictures it begins with; `recipe` may be "" then.
     listener: told about ticks and events, see `imagekiln.engine.tracker`.
 
     Raises:
@@ -164,7 +166,7 @@ def train(
         Interrupted: 75, everything saved.
     """
     listener = listener or Silent()
-    wanted = recipe if isinstance(recipe, Recipe) else _resolve(recipe, data, settings, assignments)
+    wanted = recipe if isinstance(recipe, Recipe) else _resolve(recipe, data, settings, assignments, begin_with)
     run = Run(Path(out))
     with run.lock():
         dataset = _load_data(wanted, listener, progress)
@@ -207,10 +209,11 @@ def dry_run(
     *,
     settings: Mapping[str, Any] | None = None,
     assignments: Sequence[str] = (),
+    begin_with: str | Path | None = None,
     progress: Report | None = None,
 ) -> Planned:
     """Everything `train` checks before its first step, without writing anything."""
-    wanted = _resolve(recipe, data, settings, assignments)
+    wanted = _resolve(recipe, data, settings, assignments, begin_with)
     where = device.choose(wanted.train.device)
     dataset = datasets.load(wanted.data, progress=progress)
     notices = [*dataset.notices, *recipes.remarks(wanted)]
@@ -233,13 +236,15 @@ def show(
     *,
     settings: Mapping[str, Any] | None = None,
     assignments: Sequence[str] = (),
+    begin_with: str | Path | None = None,
     progress: Report | None = None,
 ) -> dict[str, Any]:
     """Write the first batch `train` would see into the folder `out`, as it is and as `data.augment` changes it.
 
     Returns what `batch.json` holds. Raises what `train` raises before its first step.
     """
-    return showing.write(_resolve(recipe, data, settings, assignments), Path(out), progress=progress)
+    wanted = _resolve(recipe, data, settings, assignments, begin_with)
+    return showing.write(wanted, Path(out), progress=progress)
 
 
 def generate(
@@ -349,10 +354,16 @@ def export(run: Run | str | Path, to: str, out: str | Path) -> dict[str, Any]:
 # -- parts ------------------------------------------------------------------------------------------------------------
 
 
-def _resolve(recipe: str, data: str | Path, settings: Mapping[str, Any] | None, assignments: Sequence[str]) -> Recipe:
-    wanted = recipes.resolve(
-        recipe, settings, [*assignments, f"data.path={_absolute(str(data))}"] if data else assignments
-    )
+def _resolve(
+    recipe: str,
+    data: str | Path,
+    settings: Mapping[str, Any] | None,
+    assignments: Sequence[str],
+    begin_with: str | Path | None = None,
+) -> Recipe:
+    named = [f"data.path={_absolute(str(data))}"] if data else []
+    under = recipes.following(Run.open(begin_with)) if begin_with else None
+    wanted = recipes.resolve(recipe, settings, [*assignments, *named], under)
     device.choose(wanted.train.device)  # a missing GPU is said before pictures are read
     return wanted
 
@@ -404,7 +415,7 @@ def _continued(run: Run, wanted: Recipe, dataset: datasets.Dataset, minutes: flo
         )
     if changed := sorted(dict(run.meta().get("companions", {}).items() ^ companion_hashes(wanted).items())):
         raise UsageError(
-            f"family.{changed[0]}: what it names is not what it was when {run.path} was started. Name that again, or "
+            f"{changed[0]}: what it names is not what it was when {run.path} was started. Name that again, or "
             "give another --out for a new run."
         )
     if minutes is not None:

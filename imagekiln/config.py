@@ -147,6 +147,7 @@ class TrainConfig(Section):
     """How long, how fast, how safe."""
 
     seed: int = Field(0, ge=0, lt=2**31)
+    start: str = Field("", description="run whose weights this one begins with (train --from); empty = fresh ones")
     total_kimg: float = Field(200.0, gt=0, description="length of the run in thousands of images seen")
     batch: int = Field(64, ge=1, description="pictures a step")
     accumulate: int = Field(1, ge=1, description="parts a step's batch is computed in, to save memory")

@@ -15,9 +15,14 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="Recipe, family, or path of a .toml or .py file.")] = "diffusion",
+    recipe: Annotated[
+        str, typer.Argument(help="Recipe, family, or path of a .toml or .py file [default: diffusion].")
+    ] = "",
     data: Annotated[str, typer.Option("--data", help="Folder, zip, or builtin:digits|fashion-mnist|cifar10.")] = "",
     out: Annotated[Path | None, typer.Option("--out", help="Run folder [default: runs/DATA-RECIPE].")] = None,
+    begin_with: Annotated[
+        Path | None, typer.Option("--from", help="Run whose weights, settings and pictures it begins with.")
+    ] = None,
     minutes: Annotated[float | None, typer.Option("--minutes", min=0.05, help="Length of the run.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="A setting, such as train.batch=32.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Same as --set train.seed=N.")] = None,
@@ -29,8 +34,9 @@ def train(
     debug: DebugOption = False,
 ) -> None:
     """Train a model; the same command continues a run that was interrupted."""
-    if not data:
+    if not data and begin_with is None:
         raise UsageError("No pictures were named. Give a folder, a zip or builtin:digits with --data.")
+    recipe = recipe or ("diffusion" if begin_with is None else "")
     assignments = list(settings or [])
     assignments += [f"train.seed={seed}"] if seed is not None else []
     assignments += [f"train.device='{device}'"] if device is not None else []
@@ -38,19 +44,23 @@ def train(
     from imagekiln.engine.tracker import Console
 
     if dry_run:
-        _say_plan(api.dry_run(recipe, data, assignments=assignments, progress=progress("Reading pictures")), as_json)
+        told = progress("Reading pictures")
+        planned = api.dry_run(recipe, data, assignments=assignments, begin_with=begin_with, progress=told)
+        _say_plan(planned, as_json)
         return
     if show is not None:
-        facts = api.show(recipe, data, show, assignments=assignments, progress=progress("Reading pictures"))
+        told = progress("Reading pictures")
+        facts = api.show(recipe, data, show, assignments=assignments, begin_with=begin_with, progress=told)
         answer(f"The first batch: {show / 'batch.png'}", facts, as_json)
         return
-    folder = out or Path("runs") / f"{_short(data)}-{_short(recipe)}"
+    folder = out or Path("runs") / f"{_short(data or str(begin_with))}-{_short(recipe or 'again')}"
     run = api.train(
         recipe,
         data,
         folder,
         minutes=minutes,
         assignments=assignments,
+        begin_with=begin_with,
         listener=Console(),
         progress=progress("Reading pictures"),
     )

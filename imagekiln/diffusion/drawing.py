@@ -55,15 +55,23 @@ def draw(
     tensor([[1., 1., 1.],
             [1., 1., 1.]])
     """
-    if weaker is not None:
-        interval = (settings.guidance_low, settings.guidance_high if settings.guidance_high < NO_LIMIT else math.inf)
-        denoise = guidance.guide(denoise, weaker, settings.guidance, interval, rescale)
+    denoise = guided_by(settings, denoise, weaker, rescale)
     levels = samplers.sigmas(settings.steps) if grid is None else grid
     if start is not None:
         levels = levels[settings.steps - max(1, round(settings.strength * settings.steps)) :]
         noise = noise + start / float(levels[0])  # b (eps + x / sigma) = a x + b eps
         denoise = denoise if keep is None else keeping(denoise, start, keep)
     return samplers.sampler(settings.sampler)(denoise, noise, levels, path)
+
+
+def guided_by(
+    settings: Drawing, denoise: samplers.Denoiser, weaker: samplers.Denoiser | None, rescale: float = 0.0
+) -> samplers.Denoiser:
+    """A denoiser with the guidance of these settings; as it is where there is nothing to guide by."""
+    if weaker is None:
+        return denoise
+    interval = (settings.guidance_low, settings.guidance_high if settings.guidance_high < NO_LIMIT else math.inf)
+    return guidance.guide(denoise, weaker, settings.guidance, interval, rescale)
 
 
 def keeping(denoise: samplers.Denoiser, start: Tensor, keep: Tensor) -> samplers.Denoiser:

@@ -63,10 +63,12 @@ def begin(recipe: Recipe, dataset: Dataset, run: Run | None = None) -> Begun:
     family.codec = codec
     for field in family.companions:
         if path := getattr(recipe.family, field):
-            family.companion[field] = _companion(field, path).family
+            family.companion[field] = _companion(f"family.{field}", path).family
     captions = captions_of(train)
     wordings = recipe.data.wordings
     family.study([reworded(caption, 0, place, wordings=wordings) for place, caption in enumerate(captions or [])])
+    if recipe.train.start and run is None:
+        _begin_with(family, recipe.train.start)
     if family.read([""]) is None:
         return Begun(family, train, held_out)
     if captions is None:
@@ -77,25 +79,45 @@ def begin(recipe: Recipe, dataset: Dataset, run: Run | None = None) -> Begun:
     return Begun(family, *(Told(source, family, recipe.data) for source in (train, held_out)))
 
 
+def _begin_with(family: Family, path: str) -> None:
+    """The weights that another run draws with, in the place of fresh ones.
+
+    Raises:
+        RecipeError: that run is not there, or its networks are of another kind or size.
+    """
+    where, before = f"train.start = {path!r}", _companion("train.start", path).family
+    if type(before) is not type(family):
+        raise RecipeError(f"{where} holds a {before.config.name}, and this run trains a {family.config.name}.")
+    for name in family.averaged:
+        try:
+            family.get_submodule(name).load_state_dict(before.get_submodule(name).state_dict())
+        except RuntimeError:
+            raise RecipeError(
+                f"{where}: the weights of its {name} do not fit, because pictures, classes or settings of the family "
+                "differ. Leave out what changes them, or train from fresh weights."
+            ) from None
+
+
 def companion_hashes(recipe: Recipe) -> dict[str, str]:
-    """Hashes of the weights that a recipe's family needs beside its own, by field: other runs', and pretrained ones.
+    """Hashes of the weights that a training needs beside its own, by setting: other runs', and pretrained ones.
 
     Raises:
         RecipeError: a run is not there.
     """
     kind = registry.load(recipe.family.name)
-    named = {field: getattr(recipe.family, field) for field in kind.companions}
-    found = {field: hash_of(_companion(field, path).weights) for field, path in named.items() if path}
+    named = {f"family.{field}": getattr(recipe.family, field) for field in kind.companions}
+    named["train.start"] = recipe.train.start
+    found = {setting: hash_of(_companion(setting, path).weights) for setting, path in named.items() if path}
     if kind.foundation:
-        found[kind.foundation] = pretrained.fingerprint(getattr(recipe.family, kind.foundation))
+        found[f"family.{kind.foundation}"] = pretrained.fingerprint(getattr(recipe.family, kind.foundation))
     return found
 
 
-def _companion(field: str, path: str) -> Model:
+def _companion(setting: str, path: str) -> Model:
     try:
         return open_model(Run.open(path))
     except UsageError as error:
-        raise RecipeError(f"family.{field}: {error}") from None
+        raise RecipeError(f"{setting}: {error}") from None
 
 
 def pictures_of(source: Any) -> Any:

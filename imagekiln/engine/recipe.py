@@ -12,7 +12,11 @@ from imagekiln import optim
 from imagekiln.config import FamilyConfig, OptimizerConfig, Recipe, merge, override, parse, read_toml
 from imagekiln.core import Family
 from imagekiln.engine import published, registry
+from imagekiln.engine.run import Run
 from imagekiln.errors import RecipeError, did_you_mean
+
+BEGINNING = "--from"
+"""Stands in a recipe for the run that it goes on from."""
 
 _folder = Path(str(resources.files("imagekiln.recipes")))
 
@@ -27,6 +31,11 @@ def is_recipe(name: str) -> bool:
     return name.endswith(".toml") or (name in names() and not Path(name).exists())
 
 
+def goes_on(name: str) -> bool:
+    """Whether a recipe of the package says only what is different from a run that it goes on from (`train --from`)."""
+    return "name" not in read_toml(_folder / f"{name}.toml").get("family", {})
+
+
 def text(name: str) -> str:
     """A recipe file of the package, with its header.
 
@@ -38,16 +47,23 @@ def text(name: str) -> str:
     return (_folder / f"{name}.toml").read_text(encoding="utf-8")
 
 
-def resolve(name: str, settings: Mapping[str, Any] | None = None, assignments: Sequence[str] = ()) -> Recipe:
+def resolve(
+    name: str,
+    settings: Mapping[str, Any] | None = None,
+    assignments: Sequence[str] = (),
+    under: Mapping[str, Any] | None = None,
+) -> Recipe:
     """A complete recipe from the name of a recipe, a recipe file, or a family.
 
     settings: values laid over the file, for example `{"data": {"path": "photos"}}`.
-    assignments: `a.b=value` strings laid over everything.
+    assignments: `a.b=value` strings laid over everything. under: values that the file is laid over (`following`).
 
     Raises:
         RecipeError: the name is unknown, or a setting is; the sentence names the nearest known one.
     """
-    if name in names():
+    if not name and under:
+        values = {}
+    elif name in names():
         values = read_toml(_folder / f"{name}.toml")
     elif name.endswith(".toml"):
         values = read_toml(Path(name).expanduser())
@@ -56,7 +72,36 @@ def resolve(name: str, settings: Mapping[str, Any] | None = None, assignments: S
     else:
         known = sorted({*names(), *registry.names()})
         raise RecipeError(f"There is no recipe or family {name!r}. {did_you_mean(name, known)}")
+    if under:
+        values = _laid_over(under, values)
+    elif "name" not in _section(values.get("family", {}), "family") and "family" in values:
+        raise RecipeError(f"The recipe {name!r} goes on from a trained model. Name its run with --from.")
     return complete(override(merge(values, settings or {}), assignments))
+
+
+def _laid_over(under: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Raises `RecipeError` for another family, of which it would be a mixture."""
+    before, own = under["family"]["name"], _section(values.get("family", {}), "family").get("name")
+    if own is not None and registry.locate(own) != before:
+        raise RecipeError(
+            f"--from names a {before} run, and a {own} cannot begin with its weights. Leave out one of them."
+        )
+    merged = merge(under, values)
+    for field in registry.load(before).companions:
+        if merged["family"].get(field) == BEGINNING:
+            merged["family"][field] = under["train"]["start"]
+    return merged
+
+
+def following(run: Run) -> dict[str, Any]:
+    """What a run that begins with another's weights takes from it: settings of family and pictures, and its codec."""
+    before = complete(read_toml(run.recipe_path))
+    family, data = before.family.model_dump(mode="json"), before.data.model_dump(mode="json")
+    if run.codec_path.is_file():
+        data["codec"] = str(run.codec_path.absolute())
+    for field in registry.load(before.family.name).companions:
+        family.pop(field)  # a recipe says anew whom it learns from
+    return {"family": family, "data": data, "train": {"start": str(run.path.absolute())}}
 
 
 def complete(values: Mapping[str, Any]) -> Recipe:

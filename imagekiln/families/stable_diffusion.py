@@ -5,7 +5,8 @@ et al. 2024, arXiv:2403.03206) or a U-Net. With `data.codec` it works on an auto
 pixels. Captions are hidden at random in training, so that classifier-free guidance (Ho & Salimans 2022,
 arXiv:2207.12598) is possible; a picture without a caption has the empty one, and what guidance turns away from is the
 empty caption or a negative prompt. Guidance above 1 overdrives contrast; `guidance_rescale` takes that back (Lin et
-al. 2024, arXiv:2305.08891, eq. 15-16).
+al. 2024, arXiv:2305.08891, eq. 15-16). With a `teacher` it learns to draw in a step or two what that one draws in many,
+guidance included (see `diffusion.distillation`).
 
 Shapes: B pictures, C channels, H rows, W columns, L tokens a text.
 """
@@ -21,10 +22,12 @@ from torch import Tensor
 
 from imagekiln.config import FamilyConfig, Fraction, Section
 from imagekiln.core import Batch, Condition, Family, HeldOut, Loss, Phase, Progress
-from imagekiln.diffusion import densities, paths, samplers
-from imagekiln.diffusion.drawing import Drawing, draw
+from imagekiln.diffusion import densities, distillation, paths, samplers
+from imagekiln.diffusion.distillation import Distillation, Lesson
+from imagekiln.diffusion.drawing import Drawing, draw, guided_by
 from imagekiln.nets.clip_text import BYTES, MARKS, TextEncoder
 from imagekiln.nets.conditioned import denoiser
+from imagekiln.nets.feature_heads import FeatureHeads
 
 HELD_OUT_LEVELS = 8
 """Noise levels of the held-out loss."""
@@ -60,6 +63,8 @@ class StableDiffusionConfig(FamilyConfig):
     density_std: float = Field(1.0, gt=0, description="standard deviation of ln sigma in training")
     text: TextConfig = TextConfig()
     text_dropout: Fraction = Field(0.1, description="share of captions hidden in training")
+    teacher: str = Field("", description="run that it learns to draw like, in few steps; empty = from pictures alone")
+    distillation: Distillation = Distillation()
     sample: Options = Options()
 
 
@@ -67,7 +72,12 @@ class StableDiffusion(Family):
     """A text encoder and a denoiser on a path from pictures or latents to noise."""
 
     Config = StableDiffusionConfig
-    optimizers = {"denoiser-text": {"name": "adamw", "lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.01}}
+    optimizers = {
+        "denoiser-text": {"name": "adamw", "lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.01},
+        "denoiser": {"name": "adamw", "lr": 3e-4, "betas": (0.9, 0.99)},  # with a teacher
+        "heads": {"name": "adam", "lr": 1e-3, "betas": (0.0, 0.99)},
+    }
+    companions = ("teacher",)
     check_settings = {
         "depth": 1,
         "text": {"width": 32, "layers": 2, "context": 8, "vocabulary": 520},
@@ -75,7 +85,7 @@ class StableDiffusion(Family):
     }
     latents = True
     monitor = "denoise"
-    phases = (Phase("denoise", trains=("denoiser", "text")),)
+    phases: Sequence[Phase] = (Phase("denoise", trains=("denoiser", "text")),)
     averaged = ("denoiser", "text")
 
     def __init__(self, config: StableDiffusionConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
@@ -84,6 +94,12 @@ class StableDiffusion(Family):
         text = config.text
         self.text = TextEncoder(text.width, text.layers, text.context, text.vocabulary)
         self.denoiser = denoiser(config.denoiser, image_shape, config.depth, config.widths, text.width)
+        if config.teacher:
+            config.distillation.check(config.sample.steps)
+            self.phases = (Phase("denoise", trains=("denoiser",)),)
+        if config.teacher and config.distillation.adversarial_weight:
+            self.heads = FeatureHeads(self.denoiser.map_widths)
+            self.phases = (*self.phases, Phase("discriminate", trains=("heads",)))
 
     def study(self, captions: Sequence[str]) -> None:
         """The vocabulary is that of the training set's captions."""
@@ -101,14 +117,21 @@ class StableDiffusion(Family):
         if self.training:
             hidden_B1 = torch.rand(len(x), 1, device=x.device) < config.text_dropout
             tokens_BL = torch.where(hidden_B1, self._tokens(None, len(x)), tokens_BL)
+        if phase == "discriminate":
+            return distillation.discrimination(self._lesson(tokens_BL), config.distillation, self.path, x, sigma_B)
+        if config.teacher:
+            return distillation.imitation(self._lesson(tokens_BL), config.distillation, self.path, x, sigma_B, progress)
         return Loss(self._error(x, sigma_B, tokens_BL).mean())
 
     @torch.no_grad()
     def held_out(self, batch: Batch, progress: Progress) -> Mapping[str, HeldOut]:
-        """The loss of each picture at one of `HELD_OUT_LEVELS` noise levels, which divide the density evenly."""
-        x, config = batch.images, self.config
+        """The loss of each picture at one of `HELD_OUT_LEVELS` noise levels, which divide the density evenly; with a
+        teacher the distance from what that one draws."""
+        x, config, tokens_BL = batch.images, self.config, self._tokens(batch.text, len(batch.images))
+        if config.teacher:
+            return {"denoise": distillation.held_out(self._lesson(tokens_BL), config.distillation, self.path, x)}
         sigma_B = densities.log_normal(densities.even(x, HELD_OUT_LEVELS), config.density_mean, config.density_std)
-        error = self._error(x, sigma_B, self._tokens(batch.text, len(x)))
+        error = self._error(x, sigma_B, tokens_BL)
         return {"denoise": HeldOut(error.flatten(1).mean(1), sigma_B)}
 
     def drawing_cost(self) -> float:
@@ -120,8 +143,9 @@ class StableDiffusion(Family):
         told = self._denoiser(self._tokens(condition.text, len(noise)))
         negative_BL = self.read([options.negative_prompt]).to(noise.device).expand(len(noise), -1)
         weaker = self._denoiser(negative_BL) if options.guidance != 1 else None
+        grid = self.config.distillation.grid(options.steps) if self.config.teacher else None
         begin = {"start": condition.start, "keep": condition.keep}
-        return draw(noise, self.path, options, told, weaker, options.guidance_rescale, **begin)
+        return draw(noise, self.path, options, told, weaker, options.guidance_rescale, grid, **begin)
 
     def noise_shape(self) -> tuple[int, ...]:
         return self.image_shape
@@ -132,6 +156,19 @@ class StableDiffusion(Family):
         z = self.path.diffuse(x, eps, sigma_B)
         output = self.denoiser(z, self.path.time(sigma_B), self.text(tokens_BL))
         return (output.float() - self.path.target(self.config.target, x, eps, sigma_B)).square()
+
+    def _lesson(self, tokens_BL: Tensor) -> Lesson:
+        """What the teacher draws of these words with its own guidance, and what the heads say of its maps."""
+        teacher = distillation.teacher_of(self)
+        options, told = teacher.config.sample, teacher.text(tokens_BL)
+        negative_BL = teacher.read([options.negative_prompt]).to(tokens_BL.device).expand(len(tokens_BL), -1)
+        weaker = teacher._denoiser(negative_BL) if options.guidance != 1 else None
+
+        def judge(z: Tensor, sigma_B: Tensor) -> list[Tensor]:
+            return self.heads(teacher.denoiser.maps(z, teacher.path.time(sigma_B), told))
+
+        guided = guided_by(options, teacher._denoiser(tokens_BL), weaker, options.guidance_rescale)
+        return Lesson(self._denoiser(tokens_BL), guided, judge)
 
     def _denoiser(self, tokens_BL: Tensor) -> samplers.Denoiser:
         told = self.text(tokens_BL)

@@ -9,7 +9,7 @@ Shapes: B pictures, C channels, H rows, W columns, L tokens a text, D numbers a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -88,6 +88,15 @@ class Transformer(nn.Module):
         answer: Tensor = said.sample
         return answer
 
+    @property
+    def map_widths(self) -> list[int]:
+        """Channels of `maps`."""
+        return [HEAD * len(self.net.transformer_blocks)] * len(self.net.transformer_blocks)
+
+    def maps(self, z_BCHW: Tensor, time_B: Tensor, text: Encoded) -> list[Tensor]:
+        """What every layer sees in pictures: (B, patches, D) each."""
+        return _heard(self.net.transformer_blocks, 1, lambda: self(z_BCHW, time_B, text))
+
 
 class _JointAttention:
     """What diffusers' `JointAttnProcessor2_0` computes for blocks without normalised keys, faster on the CPU."""
@@ -144,8 +153,36 @@ class ConditionedUnet(nn.Module):
         answer: Tensor = self.net(z_BCHW, time_B, encoder_hidden_states=text.last_BLW).sample
         return answer
 
+    @property
+    def map_widths(self) -> list[int]:
+        """Channels of `maps`."""
+        widths = list(self.net.config.block_out_channels)
+        return [*widths, widths[-1]]
 
-def denoiser(kind: str, shape: tuple[int, int, int], depth: int, widths: Sequence[int], text_width: int) -> nn.Module:
+    def maps(self, z_BCHW: Tensor, time_B: Tensor, text: Encoded) -> list[Tensor]:
+        """What the way down and the middle see in pictures: (B, D, rows, columns) each."""
+        return _heard([*self.net.down_blocks, self.net.mid_block], 0, lambda: self(z_BCHW, time_B, text))
+
+
+def _heard(modules: Iterable[nn.Module], place: int, call: Callable[[], Any]) -> list[Tensor]:
+    """What these modules answer during a call; of an answer with several parts the one at `place`."""
+    found: list[Tensor] = []
+
+    def note(module: nn.Module, given: Any, answer: Any) -> None:
+        found.append(answer[place] if isinstance(answer, tuple) else answer)
+
+    hooks = [module.register_forward_hook(note) for module in modules]
+    try:
+        call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def denoiser(
+    kind: str, shape: tuple[int, int, int], depth: int, widths: Sequence[int], text_width: int
+) -> Transformer | ConditionedUnet:
     """A denoiser for pictures or latents of this shape (channels, rows, columns).
 
     >>> net = denoiser("sd3", (4, 8, 8), depth=1, widths=(), text_width=32)

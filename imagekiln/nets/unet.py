@@ -177,22 +177,45 @@ class UNet(nn.Module):
             raise UsageError(
                 f"num_augment = {self.config.num_augment}, but {augment_BA.shape[1]} numbers a picture were given."
             )
-        embedding_BE = self.time_embedding(_sinusoids(timestep_B, self.config.block_out_channels[0]))
-        if class_labels_B is not None:
-            embedding_BE = embedding_BE + self.class_embedding(class_labels_B)
-        if augment_BA is not None:
-            embedding_BE = embedding_BE + self.augment_embedding(augment_BA)
-        embedding_BE = F.silu(embedding_BE)
-        if prefers_channels_last(images_BCHW):
-            images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
-        x_BCHW = self.conv_in(images_BCHW)
-        skips = [x_BCHW]
+        embedding_BE = self._embedding(timestep_B, class_labels_B, augment_BA)
+        x_BCHW, skips = self._begun(images_BCHW)
         for block in self.down_blocks:
             x_BCHW = block(x_BCHW, embedding_BE, skips)
         x_BCHW = self.mid_block(x_BCHW, embedding_BE)
         for block in self.up_blocks:
             x_BCHW = block(x_BCHW, embedding_BE, skips)
         return self.conv_out(group_norm_silu(x_BCHW, self.conv_norm_out)).to(images_BCHW.dtype)
+
+    @property
+    def map_widths(self) -> list[int]:
+        """Channels of `maps`."""
+        return [*self.config.block_out_channels, self.config.block_out_channels[-1]]
+
+    def maps(self, images_BCHW: Tensor, timestep_B: Tensor, class_labels_B: Tensor | None = None) -> list[Tensor]:
+        """What the way down and the middle see in pictures, maps (B, D, rows, columns); cheaper than an answer."""
+        embedding_BE = self._embedding(timestep_B, class_labels_B, None)
+        x_BCHW, skips = self._begun(images_BCHW)
+        found = []
+        for block in self.down_blocks:
+            x_BCHW = block(x_BCHW, embedding_BE, skips)
+            found.append(x_BCHW)
+        return [*found, self.mid_block(x_BCHW, embedding_BE)]
+
+    def _embedding(self, timestep_B: Tensor, class_labels_B: Tensor | None, augment_BA: Tensor | None) -> Tensor:
+        """What every residual block hears."""
+        embedding_BE = self.time_embedding(_sinusoids(timestep_B, self.config.block_out_channels[0]))
+        if class_labels_B is not None:
+            embedding_BE = embedding_BE + self.class_embedding(class_labels_B)
+        if augment_BA is not None:
+            embedding_BE = embedding_BE + self.augment_embedding(augment_BA)
+        return F.silu(embedding_BE)
+
+    def _begun(self, images_BCHW: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The first layer's answer, which is also the first skip."""
+        if prefers_channels_last(images_BCHW):
+            images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+        x_BCHW = self.conv_in(images_BCHW)
+        return x_BCHW, [x_BCHW]
 
     def diffusers_state_dict(self) -> dict[str, Tensor]:
         """The weights that `UNet2DModel` has: the map that hears what was done, which drawing does not use, stays out.

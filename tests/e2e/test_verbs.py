@@ -123,6 +123,9 @@ def test_a_label_by_name_and_by_number(cli, tmp_path: Path, tiny) -> None:
 def test_recipe_show_can_be_trained(cli, tmp_path: Path) -> None:
     """Every recipe and family, written out, reads as itself."""
     for name in [*recipes.names(), *registry.names()]:
+        if name in recipes.names() and recipes.goes_on(name):
+            cli("recipe", "show", name).refused(2, "--from")
+            continue
         shown = cli("recipe", "show", name, "--set", "train.batch=16").ok()
         file = tmp_path / f"{name}.toml"
         file.write_text(shown.out)

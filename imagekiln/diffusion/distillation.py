@@ -1,0 +1,180 @@
+r"""Drawing in one step or two: a student learns to land at once where its teacher arrives after many steps.
+
+The student begins with the teacher's weights. From noise its own steps lead it to one of a few noise levels, there it
+answers with a picture y, and y is compared with the end x of the teacher's guided path from the same point z,
+
+  sqrt(mean (y - x)^2 + c),   c = `FLOOR`,
+
+as in Luhman & Luhman 2021 (arXiv:2101.02388) and Salimans & Ho 2022 (arXiv:2202.00512), with guidance built in (Meng et
+al. 2023, arXiv:2210.03142). The mean of what the teacher might have drawn is blurred; a discriminator on the teacher's
+own maps of y under noise sharpens it: adversarial diffusion distillation (Sauer et al. 2023, arXiv:2311.17042; Sauer et
+al. 2024, arXiv:2403.12015). That the student meets the points it will come to itself, and not noised training pictures,
+is section 4.5 of Yin et al. 2024 (arXiv:2405.14867).
+
+Shapes: B pictures; x, y, z, eps (B, ...); sigma_B one noise level a picture.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import relu
+
+from imagekiln.config import Section
+from imagekiln.core import Family, HeldOut, Loss, Progress
+from imagekiln.diffusion import samplers
+from imagekiln.diffusion.paths import Path
+from imagekiln.diffusion.samplers import Denoiser
+from imagekiln.errors import RecipeError, UsageError
+
+FLOOR = 1e-4
+"""Added to a picture's mean squared distance: below its root the loss is round."""
+
+LEAST_LEVEL = 0.02
+"""Noise level towards which the teacher's steps shrink."""
+
+RAMP = 0.05
+"""Share of the run in which the discriminator's weight rises."""
+
+
+class Distillation(Section):
+    """What a student learns from its teacher."""
+
+    levels: tuple[float, ...] = Field(
+        (160.0, 1.0), min_length=1, max_length=8, description="noise levels that it draws from, falling"
+    )
+    teacher_steps: int = Field(3, ge=1, le=64, description="steps of the teacher from a level to its picture")
+    adversarial_weight: float = Field(0.3, ge=0, description="of the discriminator on the teacher's maps; 0 = none")
+
+    def check(self, steps: int) -> None:
+        """Raises `RecipeError` for levels that do not fall, or fewer of them than the steps drawn with."""
+        fall = all(high > low for high, low in itertools.pairwise(self.levels))
+        if not fall or self.levels[-1] <= 0:
+            raise RecipeError(
+                f"family.distillation.levels = {list(self.levels)}: expected falling noise levels above 0, for example "
+                "[160, 1]."
+            )
+
+        if steps > len(self.levels):
+            raise RecipeError(
+                f"family.sample.steps = {steps}: with a teacher it learns to draw from {len(self.levels)} noise levels "
+                "(family.distillation.levels). Set as many steps, or fewer."
+            )
+
+    def grid(self, steps: int) -> Tensor:
+        """The levels of so many steps and then 0: (steps + 1,) float64. Raises `UsageError` for more steps than levels.
+
+        >>> Distillation(levels=(8, 4, 2, 1)).grid(2).tolist()
+        [8.0, 2.0, 0.0]
+        """
+        if steps > len(self.levels):
+            raise UsageError(
+                f"{steps} steps: this model learned to draw in at most {len(self.levels)}. Ask for as many, or draw "
+                "with its teacher."
+            )
+        chosen = [self.levels[place * len(self.levels) // steps] for place in range(steps)]
+        return torch.tensor([*chosen, 0.0], dtype=torch.float64)
+
+
+def teacher_of(student: Family) -> Any:
+    """The model that a family's `teacher` names.
+
+    Raises:
+        RecipeError: it was not loaded, or is another kind of model, or one of other pictures.
+    """
+    teacher, where = student.companion.get("teacher"), f"family.teacher = {student.config.teacher!r}"
+    if teacher is None:
+        raise RecipeError(f"{where}: that run was not loaded; name a folder that holds a finished run.")
+    if type(teacher) is not type(student):
+        raise RecipeError(
+            f"{where} holds a {teacher.config.name}, and a {student.config.name} can only learn from its own kind."
+        )
+    mine, its = ((one.image_shape, one.num_classes) for one in (student, teacher))
+    if mine != its:
+        raise RecipeError(
+            f"{where} draws pictures of {its[0]} with {its[1]} classes, and these are {mine[0]} with {mine[1]}. Give "
+            "the pictures it was trained on."
+        )
+    return teacher
+
+
+class Lesson(NamedTuple):
+    """What a batch is learned with: denoisers told what its pictures show, and `judge(z, sigma_B)`, logits of each of
+    the teacher's maps of pictures under noise, positive for real."""
+
+    student: Denoiser
+    teacher: Denoiser
+    judge: Callable[[Tensor, Tensor], Sequence[Tensor]]
+
+
+def imitation(
+    lesson: Lesson, settings: Distillation, path: Path, like: Tensor, sigma_B: Tensor, progress: Progress
+) -> Loss:
+    """The student's loss. like: any pictures of the batch's shape; sigma_B: the noise under which y is judged."""
+    z, level_B = arrived(lesson.student, torch.randn_like(like), settings.levels, path)
+    y = lesson.student(z, level_B)
+    apart = distance(y, goal(lesson.teacher, z, float(level_B[0]), path, settings.teacher_steps)).mean()
+    if not settings.adversarial_weight:
+        return Loss(apart, {"distance": apart})
+    on_fake = lesson.judge(path.diffuse(y, torch.randn_like(y), sigma_B), sigma_B)
+    answer = torch.stack([-logits.mean() for logits in on_fake]).mean()
+    weight = settings.adversarial_weight * min(1.0, progress.fraction / RAMP)
+    return Loss(apart + weight * answer, {"distance": apart, "adversarial": answer})
+
+
+def discrimination(lesson: Lesson, settings: Distillation, path: Path, x: Tensor, sigma_B: Tensor) -> Loss:
+    """The hinge loss of what judges (Lim & Ye 2017, arXiv:1705.02894): x are real pictures of the batch."""
+    with torch.no_grad():
+        y = lesson.student(*arrived(lesson.student, torch.randn_like(x), settings.levels, path))
+        noisy = [path.diffuse(images, torch.randn_like(x), sigma_B) for images in (x, y)]
+    on_real, on_fake = (lesson.judge(z, sigma_B) for z in noisy)
+    pairs = zip(on_real, on_fake, strict=True)
+    total = torch.stack([relu(1 - real).mean() + relu(1 + fake).mean() for real, fake in pairs]).mean()
+    means = (torch.stack([logits.mean() for logits in side]).mean() for side in (on_real, on_fake))
+    return Loss(total, dict(zip(("on_real", "on_fake"), means, strict=True)))
+
+
+@torch.no_grad()
+def held_out(lesson: Lesson, settings: Distillation, path: Path, like: Tensor) -> HeldOut:
+    """The distance of each of the student's pictures from its teacher's, of noise shaped as `like`."""
+    z, level_B = arrived(lesson.student, torch.randn_like(like), settings.levels, path)
+    end = goal(lesson.teacher, z, float(level_B[0]), path, settings.teacher_steps)
+    return HeldOut(distance(lesson.student(z, level_B), end))
+
+
+@torch.no_grad()
+def arrived(student: Denoiser, eps: Tensor, levels: Sequence[float], path: Path) -> tuple[Tensor, Tensor]:
+    """Where the student's steps from noise lead: z at one of the levels, the same for the batch, and sigma_B.
+
+    Draws the level from torch's global generator on the CPU, so that no step waits for a device.
+    """
+    place = int(torch.randint(len(levels), ()))
+    grid = torch.tensor(levels[: place + 1], dtype=torch.float64)
+    return samplers.euler(student, eps, grid, path), eps.new_full((len(eps),), levels[place])
+
+
+@torch.no_grad()
+def goal(teacher: Denoiser, z: Tensor, level: float, path: Path, steps: int) -> Tensor:
+    """The picture at the end of the teacher's path that goes through z at this level, in so many steps.
+
+    >>> from imagekiln.diffusion.paths import RF
+    >>> goal(lambda z, sigma_B: torch.ones_like(z), torch.zeros(1, 2), 1.0, RF(), 3)
+    tensor([[1., 1.]])
+    """
+    grid = torch.cat([samplers.sigmas(steps + 1, min(LEAST_LEVEL, level / 2), level)[:steps], torch.zeros(1)])
+    _, b = path.scales(grid[:1])
+    return samplers.dpmpp_2m(teacher, z / b.item(), grid, path)
+
+
+def distance(y: Tensor, x: Tensor) -> Tensor:
+    """distance_B of pictures: the root of the mean squared difference, rounded off near 0.
+
+    >>> round(distance(torch.ones(1, 4), torch.zeros(1, 4)).item(), 4)
+    1.0
+    """
+    return ((y - x).float().square().flatten(1).mean(1) + FLOOR).sqrt()
