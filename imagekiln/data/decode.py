@@ -14,6 +14,7 @@ import io
 import itertools
 import math
 import os
+import posixpath
 import re
 import stat
 import struct
@@ -22,7 +23,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
@@ -71,6 +72,7 @@ _ENDINGS = {
 }
 _GPS = 0x8825
 _EXTENT = "extent"
+_GAP = 3.0  # pictures are averaged over blocks of pixels first, as long as they stay this many times too large
 
 
 class Unusable(Exception):
@@ -243,12 +245,21 @@ def fit(
     else:
         inner = (max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale)))
         box = (left, top, right, bottom)
-    resized = image.resize(inner, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+    resized_HWA = _resized(image, inner, box)
+    if inner == (width, height):
+        return flatten(resized_HWA, channels, colour(background))
     pixels_HWA = np.zeros((height, width, 4), np.uint8)
     top, left = (height - inner[1]) // 2, (width - inner[0]) // 2
-    pixels_HWA[top : top + inner[1], left : left + inner[0]] = np.asarray(resized.convert("RGBA"))
-    pixels_HWA[pixels_HWA[..., 3] == 0] = 0  # nobody sees the colour under full transparency, so nobody may learn it
+    pixels_HWA[top : top + inner[1], left : left + inner[0]] = resized_HWA
     return flatten(pixels_HWA, channels, colour(background))
+
+
+def _resized(image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float]) -> np.ndarray:
+    """The part of a picture inside a box at another size, (width, height): pixels_HWA uint8."""
+    resized = image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=_GAP)
+    pixels_HWA = np.array(resized.convert("RGBA"))
+    pixels_HWA[pixels_HWA[..., 3] == 0] = 0  # nobody sees the colour there, so nobody may learn it
+    return pixels_HWA
 
 
 def flatten(pixels_HWA: np.ndarray, channels: int, background: tuple[int, int, int]) -> np.ndarray:
@@ -355,7 +366,7 @@ def _notes(image: Image.Image, name: str) -> frozenset[str]:
         found.add("profile")
     found |= {"cmyk"} if image.mode == "CMYK" else set()
     found |= {"deep"} if image.mode.startswith("I") or image.mode == "F" else set()
-    ending = _ENDINGS.get(PurePosixPath(name).suffix.lower())
+    ending = _ENDINGS.get(posixpath.splitext(name)[1].lower())
     return frozenset(found | ({"extension"} if ending is not None and ending != image.format else set()))
 
 

@@ -5,6 +5,7 @@ Nothing is decoded here. Every kind of DATA ends in the same `Found`, whatever i
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -57,7 +58,7 @@ def named_pictures(files: Files) -> Found:
     """
     found = Found(files, [])
     for name in sorted(files.entries):
-        extension = PurePosixPath(name).suffix.lower()
+        extension = posixpath.splitext(name)[1].lower()
         if extension in EXTENSIONS:
             found.pictures.append(Picture(name))
         elif extension in FOREIGN:
@@ -133,8 +134,11 @@ def mention_passed_over(found: Found) -> None:
         found.notices.append(f"Archives among the pictures were not opened: {listed(closed)}. Give them as DATA.")
     tops = {name.split("/", 1)[0] + "/" for name in files.entries if "/" in name}
     tops |= {name for name, why in files.left_out if why == EMPTY_FOLDER}
-    holding = {str(parent) + "/" for picture in found.pictures for parent in PurePosixPath(picture.name).parents}
-    holding |= {str(parent) + "/" for name, _ in found.left_out for parent in PurePosixPath(name).parents}
+    folders = {posixpath.dirname(picture.name) for picture in found.pictures}  # few, however many pictures there are
+    folders |= {posixpath.dirname(name.rstrip("/")) for name, _ in found.left_out}
+    holding = {
+        str(place) + "/" for folder in folders for place in (PurePosixPath(folder), *PurePosixPath(folder).parents)
+    }
     if bare := sorted(tops - holding - {name for name, _ in found.left_out}):
         found.notices.append(f"Folders that hold no pictures: {listed(bare)}.")
     seen: dict[str, str] = {}

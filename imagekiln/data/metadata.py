@@ -10,6 +10,7 @@ import codecs
 import csv
 import io
 import json
+import posixpath
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -153,7 +154,7 @@ def describe(found: Found, encoding: str = "utf-8") -> None:
 
 def _find_tables(files: Files) -> list[str]:
     """Metadata files, those in outer folders first. Raises `DataError` for two in one folder."""
-    tables = [name for name in files.entries if PurePosixPath(name).name in _TABLES]
+    tables = [name for name in files.entries if posixpath.basename(name) in _TABLES]
     counts = Counter(str(PurePosixPath(name).parent) for name in tables)
     twice = next((folder for folder, count in counts.items() if count > 1), None)
     if twice is not None:
@@ -270,7 +271,7 @@ def _add_captions(found: Found, captioned: set[str], encoding: str) -> None:
     cut: list[str] = []
     pictures = []
     for picture in found.pictures:
-        exact = str(PurePosixPath(picture.name).with_suffix(".txt"))
+        exact = posixpath.splitext(picture.name)[0] + ".txt"
         file = exact if exact in found.files.entries else texts.get(normal(exact))
         if file is not None and picture.name not in captioned:
             text, was_cut = caption(found.files, file, encoding)

@@ -77,7 +77,8 @@ def see(
     except decode.Unusable as error:
         return str(error)
     alpha = set() if (pixels_HWA[..., 3] == 255).all() else {"alpha"}
-    grey = {"grey"} if (pixels_HWA[..., :1] == pixels_HWA[..., 1:3]).all() else set()
+    red, green, blue = (pixels_HWA[..., channel] for channel in range(3))
+    grey = {"grey"} if (red == green).all() and (red == blue).all() else set()
     return Seen(pixels_HWA, opened.notes | alpha | grey, measured, thumb)
 
 

@@ -189,11 +189,12 @@ def _fill(
     survey.places[usable] = np.arange(len(usable))
     _write_images(images, folder / "pixels.raw", survey, fresh, known, earlier, (channels, *shape), config.background)
     images_NCHW = np.load(images, mmap_mode="r", allow_pickle=False)
-    for start in range(0, len(fresh), _BLOCK):
-        block = fresh[start : start + _BLOCK]
-        for index, pixels_CHW in zip(block, measures.small_copies(images_NCHW, survey.places[block]), strict=True):
-            survey.digests[index] = digest(pixels_CHW)
-    measures.add_hashes(survey.measured, survey.thumbs)
+    with ThreadPoolExecutor(pixels.THREADS) as pool:
+        hashing = pool.submit(measures.add_hashes, survey.measured, survey.thumbs)
+        for part in pool.map(partial(_digest, survey, images_NCHW), np.split(fresh, range(_BLOCK, len(fresh), _BLOCK))):
+            for index, content in part:
+                survey.digests[index] = content
+        hashing.result()
     survey.save(folder / _SURVEY)
     facts = {"sources": list(sources), "shaping": shaping, "name": _name(sources)}
     seen = decisions.Seen(survey, images_NCHW.shape, facts, notices, found.left_out)
@@ -282,6 +283,12 @@ def _write_images(
             images_NCHW[place] = earlier.images_NCHW[earlier.survey.places[known[survey.names[index]]]]
     images_NCHW.flush()
     part.unlink()
+
+
+def _digest(survey: Survey, images_NCHW: np.ndarray, rows: np.ndarray) -> list[tuple[int, str]]:
+    """(file, content hash of its pixels) of some files."""
+    copies_BCHW = measures.small_copies(images_NCHW, survey.places[rows])
+    return [(index, digest(pixels_CHW)) for index, pixels_CHW in zip(rows.tolist(), copies_BCHW, strict=True)]
 
 
 # --- what was there before ------------------------------------------------------------------------------------------

@@ -9,10 +9,11 @@ Nothing is decoded here.
 from __future__ import annotations
 
 import os
+import posixpath
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from imagekiln.data import metadata, webdataset
 from imagekiln.data.archives import TarFiles, files_of, is_tar
@@ -107,10 +108,15 @@ def _imagefolder(files: Files, encoding: str) -> Found:
     return found
 
 
+def _folders(name: str) -> tuple[str, ...]:
+    """The folders that a picture lies in, the outer one first."""
+    return tuple(name.split("/")[:-1])
+
+
 def _common_folders(names: Sequence[str]) -> int:
     """How many outer folders all pictures share; a folder named like a split counts as none of them, nor as one lone
     folder that the pictures themselves lie in."""
-    parts = [PurePosixPath(name).parts[:-1] for name in names]
+    parts = [*{posixpath.dirname(name): _folders(name) for name in names}.values()]  # few, however many names
     level = 0
     while parts and all(len(folders) > level + 1 and folders[level] == parts[0][level] for folders in parts):
         if parts[0][level].lower() in SPLITS:
@@ -123,7 +129,7 @@ def _splits(names: Sequence[str], level: int) -> dict[str, str]:
     """Split by name, where every picture lies below a folder that is named like one."""
     splits = {}
     for name in names:
-        folders = PurePosixPath(name).parts[:-1]
+        folders = _folders(name)
         if len(folders) <= level or folders[level].lower() not in SPLITS:
             return {}
         splits[name] = SPLITS[folders[level].lower()]
@@ -135,7 +141,7 @@ def _folder_labels(names: Sequence[str], notices: list[str], level: int) -> dict
 
     level: how many folders lie above the class folders.
     """
-    folders = {name: PurePosixPath(name).parts[level:-1] for name in names}
+    folders = {name: _folders(name)[level:] for name in names}
     if any(len(below) > 1 for below in folders.values()):
         notices.append(
             "Pictures lie in folders of folders, so folder names were not taken as classes. Put each class into one "

@@ -245,6 +245,33 @@ def test_registration_does_not_care_for_order_gain_and_offset() -> None:
     assert forth.residual[1] > 0.5 and forth.detail[1] < 0.5
 
 
+def test_what_pairs_share_is_computed_once_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    thumbs = np.stack([measures.measure(scene(seed))[1] for seed in range(3)])
+    thumbs = np.concatenate([thumbs, thumbs[:, ::-1], np.roll(thumbs, 1, 1)])
+    first, second = np.triu_indices(len(thumbs), 1)
+    alone = [registration.agreement(thumbs[[one]], thumbs[[two]]) for one, two in zip(first, second, strict=True)]
+    for block in (64, 5):
+        monkeypatch.setattr(registration, "_BLOCK", block)
+        together = registration.agreement_of(thumbs, first, second)
+        for found, expected in zip(together, zip(*alone, strict=True), strict=True):
+            assert np.abs(found - np.concatenate(expected)).max() < 1e-6
+    assert (together.residual < 1).sum() == 3 and len(np.unique(together.residual)) == 4
+
+
+def test_pairs_do_not_depend_on_how_many_are_looked_at_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [scene(seed) for seed in range(6)]
+    survey = surveyed([jpeg(image, quality) for image in kinds for quality in (95, 60, 30)])
+    expected = duplicates.near_pairs(survey, CONFIG)
+    assert len(expected.first) >= 18
+    for pairs, threads in ((1, 1), (7, 3), (1000, 2)):
+        monkeypatch.setattr(duplicates, "_PAIRS", pairs)
+        monkeypatch.setattr(duplicates, "_THREADS", threads)
+        duplicates._remembered.clear()
+        found = duplicates.near_pairs(survey, CONFIG)
+        assert all((mine == theirs).all() for mine, theirs in zip(found[:2], expected[:2], strict=True))
+        assert np.allclose(found.residual, expected.residual, atol=1e-6)
+
+
 def test_pairs_that_start_far_apart_are_not_followed() -> None:
     a, b = (np.stack([np.asarray(scene(seed, (32, 32)), np.float32) for seed in seeds]) for seeds in ((0, 1), (0, 2)))
     mixed = registration.agreement(a, b)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from imagekiln.data.checks.looks import is_blank
-from imagekiln.data.checks.registration import agreement
+from imagekiln.data.checks.registration import agreement_of
 from imagekiln.data.checks.thresholds import CleanConfig, Finding
 from imagekiln.data.measures import averaged, small_copies
 from imagekiln.data.survey import Survey
@@ -29,7 +29,7 @@ from imagekiln.data.survey import Survey
 _PAIRS_A_PICTURE, _REGISTERED_A_PICTURE = 20, 3
 _SAMPLE = 500
 _ROWS, _COLUMNS = 64, 16_384
-_PAIRS, _COARSE_PAIRS, _THUMBS = 256, 8192, 512
+_PAIRS, _COARSE_PAIRS, _THUMBS = 128, 8192, 512
 _COARSE_SIDE = 8
 _LEAST_CORRELATION = 0.75
 _THREADS = max(1, min(8, os.cpu_count() or 1))
@@ -153,17 +153,25 @@ def affordable_bits(hashes: np.ndarray, mirrored: np.ndarray, bits: int) -> int:
 def _verified(survey: Survey, config: CleanConfig, rows: np.ndarray) -> Pairs:
     first, second, mirrored = _alike(survey, config, rows)
 
+    # Neighbours in this order share pictures, of which what is needed is read and computed once.
+    order = np.lexsort((mirrored, second, first))
+
     def verify(start: int) -> tuple[np.ndarray, np.ndarray]:
-        part = slice(start, start + _PAIRS)
-        theirs = small_copies(survey.thumbs, second[part])
-        theirs[mirrored[part]] = theirs[mirrored[part], :, ::-1]
-        found = agreement(small_copies(survey.thumbs, first[part]), theirs)
+        part = order[start : start + _PAIRS]
+        asked = np.concatenate([2 * first[part], 2 * second[part] + mirrored[part]])
+        pictures, places = np.unique(asked, return_inverse=True)
+        thumbs = small_copies(survey.thumbs, pictures // 2)
+        turned = pictures % 2 == 1
+        thumbs[turned] = thumbs[turned, :, ::-1]
+        found = agreement_of(thumbs, *places.reshape(2, -1))
         good = np.flatnonzero((found.residual <= config.max_residual) & (found.detail >= config.min_detail))
-        return good + start, found.residual[good]
+        return part[good], found.residual[good]
 
     with ThreadPoolExecutor(_THREADS) as pool:
         parts = [(np.zeros(0, np.int64), np.zeros(0, np.float32)), *pool.map(verify, range(0, len(first), _PAIRS))]
     at, residual = (np.concatenate(column) for column in zip(*parts, strict=True))
+    sorted_at = np.argsort(at)
+    at, residual = at[sorted_at], residual[sorted_at]
     return Pairs(first[at], second[at], residual, mirrored[at])
 
 

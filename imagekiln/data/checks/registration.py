@@ -11,7 +11,7 @@ alike things agree in the large, but not in their details, so `detail` is the co
 scales of smoothing, in the luma of the warped pictures. Both ways are tried (a crop may be either), the better is kept.
 A way whose first fit leaves very much unexplained is not followed: most pairs end there.
 
-Shapes: P pairs, C = 3 channels, T = `survey.THUMB` rows and columns.
+Shapes: P pairs, U pictures, C = 3 channels, T = `survey.THUMB` rows and columns, K pixels that are looked at.
 """
 
 from __future__ import annotations
@@ -47,6 +47,17 @@ class Agreement(NamedTuple):
     detail: np.ndarray
 
 
+class _Sides(NamedTuple):
+    """What pairs need of pictures, computed once a picture: U of them. terms: those of `_fit`, centred; the first is
+    the smoothed picture. products: of the terms with each other. band: what lies between two scales of smoothing."""
+
+    luma_U1TT: np.ndarray
+    smooth_UCTT: np.ndarray
+    terms_U5K: np.ndarray
+    products_U55: np.ndarray
+    band_UK: np.ndarray
+
+
 def agreement(first_PTT3: np.ndarray, second_PTT3: np.ndarray) -> Agreement:
     """How well pairs of small copies agree; uint8 or float on the scale 0..255.
 
@@ -55,29 +66,40 @@ def agreement(first_PTT3: np.ndarray, second_PTT3: np.ndarray) -> Agreement:
     >>> bool(found.residual[0] < 1e-3)
     True
     """
-    parts = []
-    for start in range(0, len(first_PTT3), _BLOCK):
-        sides = [
-            (
-                _OPPONENT @ side[start : start + _BLOCK].astype(np.float32).reshape(-1, THUMB**2, 3).transpose(0, 2, 1)
-            ).reshape(-1, 3, THUMB, THUMB)
-            for side in (first_PTT3, second_PTT3)
-        ]
-        parts.append(_both_ways(*sides))
-    if not parts:
+    rows = np.arange(len(first_PTT3))
+    return agreement_of(np.concatenate([first_PTT3, second_PTT3]), rows, rows + len(rows))
+
+
+def agreement_of(thumbs_UTT3: np.ndarray, first_P: np.ndarray, second_P: np.ndarray) -> Agreement:
+    """How well the pictures `first_P` and `second_P` of U small copies agree; what a picture needs is computed once."""
+    parts = [_sides(thumbs_UTT3[start : start + _BLOCK]) for start in range(0, len(thumbs_UTT3), _BLOCK)]
+    if not parts or not len(first_P):
         return Agreement(np.zeros(0, np.float32), np.zeros(0, np.float32))
-    return Agreement(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    sides = _Sides(*map(np.concatenate, zip(*parts, strict=True)))
+    found = [
+        _both_ways(sides, first_P[start : start + _BLOCK], second_P[start : start + _BLOCK])
+        for start in range(0, len(first_P), _BLOCK)
+    ]
+    return Agreement(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
 
-def _both_ways(one: np.ndarray, other: np.ndarray) -> Agreement:
-    best = Agreement(np.full(len(one), _REFUSED, np.float32), np.zeros(len(one), np.float32))
-    smoothed = [_smooth(side, 2) * _WEIGHTS for side in (one, other)]
-    for (a, b), (smooth_a, smooth_b) in (((one, other), smoothed), ((other, one), smoothed[::-1])):
-        residual, _, move = _fit(smooth_a, smooth_b)
+def _sides(thumbs_UTT3: np.ndarray) -> _Sides:
+    pixels = thumbs_UTT3.astype(np.float32).reshape(-1, THUMB**2, 3).transpose(0, 2, 1)
+    opponent_UCTT = (_OPPONENT @ pixels).reshape(-1, 3, THUMB, THUMB)
+    smooth_UCTT = _smooth(opponent_UCTT, 2) * _WEIGHTS
+    terms_U5K = _terms(smooth_UCTT)
+    luma_U1TT = opponent_UCTT[:, :1]
+    return _Sides(luma_U1TT, smooth_UCTT, terms_U5K, _products(terms_U5K), _band(luma_U1TT))
+
+
+def _both_ways(sides: _Sides, one_P: np.ndarray, other_P: np.ndarray) -> Agreement:
+    best = Agreement(np.full(len(one_P), _REFUSED, np.float32), np.zeros(len(one_P), np.float32))
+    for a_P, b_P in ((one_P, other_P), (other_P, one_P)):
+        residual, _, move = _fit(sides.terms_U5K[a_P], sides.products_U55[a_P], sides.terms_U5K[b_P, :1])
         at = np.flatnonzero(residual <= _HOPELESS)
         if not len(at):
             continue
-        found = _one_way(a[at, :1], b[at, :1], smooth_a[at], smooth_b[at], move[at])
+        found = _one_way(sides, a_P[at], b_P[at], move[at])
         better = (found.residual < best.residual[at]) | (
             (found.residual == best.residual[at]) & (found.detail > best.detail[at])
         )
@@ -85,29 +107,36 @@ def _both_ways(one: np.ndarray, other: np.ndarray) -> Agreement:
     return best
 
 
-def _one_way(
-    luma_a: np.ndarray, luma_b: np.ndarray, smooth_a: np.ndarray, smooth_b: np.ndarray, move_P4: np.ndarray
-) -> Agreement:
+def _one_way(sides: _Sides, a_P: np.ndarray, b_P: np.ndarray, move_P4: np.ndarray) -> Agreement:
     """The fit repeated on a moved as the first one said, and how details agree then."""
-    residual, gain, further = _fit(_warped(smooth_a, move_P4), smooth_b)
+    terms = _terms(_warped(sides.smooth_UCTT[a_P], move_P4))
+    residual, gain, further = _fit(terms, _products(terms), sides.terms_U5K[b_P, :1])
     move_P4 = np.clip(move_P4 + further, -2 * LARGEST_MOVE, 2 * LARGEST_MOVE)
     sane = (np.abs(move_P4).max(1) <= LARGEST_MOVE) & (gain >= GAINS[0]) & (gain <= GAINS[1])
-    return Agreement(np.where(sane, residual, _REFUSED).astype(np.float32), _detail(_warped(luma_a, move_P4), luma_b))
+    detail = _detail(_band(_warped(sides.luma_U1TT[a_P], move_P4)), sides.band_UK[b_P])
+    return Agreement(np.where(sane, residual, _REFUSED).astype(np.float32), detail)
 
 
-def _fit(a_PCTT: np.ndarray, b_PCTT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Residual (P,), gain (P,) and move_P4: t_x, t_y, s_x, s_y."""
+def _terms(a_PCTT: np.ndarray) -> np.ndarray:
+    """The right side of the equation above, each channel's mean taken away, which is the same as an offset for each."""
     before, here, after = (slice(_BORDER + step, THUMB - _BORDER + step, _STEP) for step in (-1, 0, 1))
     axis, count = _AXIS[here], len(a_PCTT)
     across = (a_PCTT[..., here, after] - a_PCTT[..., here, before]) / 2
     down = (a_PCTT[..., after, here] - a_PCTT[..., before, here]) / 2
-    terms = (a_PCTT[..., here, here], across, down, axis * across, axis[:, None] * down, b_PCTT[..., here, here])
+    terms = (a_PCTT[..., here, here], across, down, axis * across, axis[:, None] * down)
     centred = np.stack([term.reshape(count, 3, -1) for term in terms], 1)
-    # An offset for each channel is the same as taking every channel's mean away from both sides.
     centred -= centred.mean(-1, keepdims=True)
-    X, y = (part.reshape(count, part.shape[1], -1) for part in (centred[:, :-1], centred[:, -1:]))
-    G = X @ X.transpose(0, 2, 1)
+    return centred.reshape(count, len(terms), -1)
+
+
+def _products(terms_P5K: np.ndarray) -> np.ndarray:
+    G = terms_P5K @ terms_P5K.transpose(0, 2, 1)
     G[:, range(5), range(5)] += _RIDGE
+    return G
+
+
+def _fit(X: np.ndarray, G: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Residual (P,), gain (P,) and move_P4: t_x, t_y, s_x, s_y. X, G: terms of a and their products; y: of b."""
     weights = np.linalg.solve(G, X @ y.transpose(0, 2, 1))
     left = y - weights.transpose(0, 2, 1) @ X
     gain = weights[:, 0, 0]
@@ -129,15 +158,15 @@ def _interpolation(shift_P: np.ndarray, stretch_P: np.ndarray) -> np.ndarray:
     return np.maximum(0, 1 - distance)
 
 
-def _detail(a_P1TT: np.ndarray, b_P1TT: np.ndarray) -> np.ndarray:
-    inner = slice(_BORDER + 1, THUMB - _BORDER - 1)
-    bands = []
-    for side in (a_P1TT, b_P1TT):
-        fine = _smooth(side, 1)
-        band = (fine - _smooth(fine, 2))[..., inner, inner].reshape(len(side), -1)
-        bands.append(band - band.mean(1, keepdims=True))
-    energy = [(band**2).sum(1) + _NOISE for band in bands]
-    return ((bands[0] * bands[1]).sum(1) / np.sqrt(energy[0] * energy[1])).astype(np.float32)
+def _band(luma_P1TT: np.ndarray) -> np.ndarray:
+    inner, fine = slice(_BORDER + 1, THUMB - _BORDER - 1), _smooth(luma_P1TT, 1)
+    band = (fine - _smooth(fine, 2))[..., inner, inner].reshape(len(luma_P1TT), -1)
+    return band - band.mean(1, keepdims=True)
+
+
+def _detail(a_PK: np.ndarray, b_PK: np.ndarray) -> np.ndarray:
+    energy = [(band**2).sum(1) + _NOISE for band in (a_PK, b_PK)]
+    return ((a_PK * b_PK).sum(1) / np.sqrt(energy[0] * energy[1])).astype(np.float32)
 
 
 def _smooth(pictures_PCTT: np.ndarray, times: int) -> np.ndarray:
