@@ -25,6 +25,7 @@ from imagekiln.config import (
     Section,
     TrainConfig,
 )
+from imagekiln.diffusion.distillation import Distillation
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine import registry
 
@@ -202,12 +203,12 @@ def settings() -> str:
         ("optim.MODULES", OptimizerConfig),
         ("optim.MODULES.langevin", LangevinConfig),
         ("family.augment", AugmentConfig),
+        ("family.distillation", Distillation),
     ]
     parts = [_settings_of(f"`[{name}]`", model) for name, model in sections]
     for name in registry.names():
-        parts.append(
-            _settings_of(f"`[family]` of {name}", registry.load(name).Config, skip={"name", "sample", "augment"})
-        )
+        elsewhere = {"name", "sample", "augment", "distillation"}
+        parts.append(_settings_of(f"`[family]` of {name}", registry.load(name).Config, skip=elsewhere))
         options = registry.load(name).Config.model_fields.get("sample")
         if options is not None and isinstance(options.annotation, type):
             parts.append(_settings_of(f"`[family.sample]` of {name}", options.annotation))

@@ -98,8 +98,15 @@ def prepare(
     nothing can be used, `DiskError` when `out` cannot be written.
     """
     decode.colour(config.background)
+    unchanged = _up_to_date(sources, out, config, edits or Edits(), progress)  # what it held is let go before opening
+    return open_prepared(out) if unchanged is None else unchanged
+
+
+def _up_to_date(
+    sources: Sequence[str], out: Path, config: PrepareConfig, wanted: Edits, progress: ProgressFn | None
+) -> Prepared | None:
+    """Write the set, or return it where there is nothing to write."""
     earlier = _earlier(out, sources)
-    wanted = edits or Edits()
     if earlier is None and wanted != Edits():
         raise UsageError(f"{out} holds no prepared set, so no decision can be changed there. Prepare it first.")
     edits = (_edits(earlier) if earlier else Edits()).then(wanted.restore, wanted.drop, wanted.labels)
@@ -128,7 +135,7 @@ def prepare(
             _rewrite(earlier, out, config, edits)
     except OSError as error:
         raise DiskError(f"{out} cannot be written ({error.strerror or error}).") from None
-    return open_prepared(out)
+    return None
 
 
 def _local(source: str, progress: ProgressFn | None) -> str:
