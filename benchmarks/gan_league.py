@@ -356,13 +356,7 @@ def record_rows(found: Found, n: int, budget: str) -> list[Row]:
         seeds, runs = list(by_seed), list(by_seed.values())
         for side, what in (("draws", "parameters that draw"), ("opposes", "parameters of the opponent")):
             rows.append(Row(f"{family}, {what}", float(runs[0]["parameters"][side])))
-        if all(budget in run["seconds"] for run in runs):
-            seconds = [run["seconds"][budget] for run in runs]
-            rows.append(Row.of(f"{family}, training ({budget})", seconds, "s", seeds))
-        rows.append(Row.of(f"{family}, images seen", [run["kimg"] for run in runs], "kimg", seeds))
-        rows.append(Row.of(f"{family}, training", [run["images_per_sec"] for run in runs], "images/s", seeds))
-        for label, rows_of_label in by_label(runs).items():
-            rows += _measurements(f"{family}, {label}", rows_of_label, seeds)
+        rows += rows_of_runs(family, runs, seeds, budget)
         if all("moments" in run for run in runs):
             ratios = [end_over_best(run["moments"]) for run in runs]
             rows.append(Row.of(f"{family}, FD at the end / at the best moment", ratios, "times", seeds, n))
@@ -371,6 +365,18 @@ def record_rows(found: Found, n: int, budget: str) -> list[Row]:
         if seeds:
             quotients = [distance(by_seed[seed]) / distance(found[BASELINE][seed]) for seed in seeds]
             rows.append(Row.of(f"{family} / {BASELINE}, FD", quotients, "times", seeds, n))
+    return rows
+
+
+def rows_of_runs(name: str, runs: Sequence[Mapping[str, Any]], seeds: Sequence[int], budget: str) -> list[Row]:
+    """What training cost, and all that was measured."""
+    rows = []
+    if all(budget in run["seconds"] for run in runs):
+        rows.append(Row.of(f"{name}, training ({budget})", [run["seconds"][budget] for run in runs], "s", seeds))
+    rows.append(Row.of(f"{name}, images seen", [run["kimg"] for run in runs], "kimg", seeds))
+    rows.append(Row.of(f"{name}, training", [run["images_per_sec"] for run in runs], "images/s", seeds))
+    for label, found in by_label(runs).items():
+        rows += _measurements(f"{name}, {label}", found, seeds)
     return rows
 
 

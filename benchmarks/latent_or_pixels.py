@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import command
 import ours
 import torch
-from gan_league import distance, subject_of
+from gan_league import distance, rows_of_runs, subject_of
 from quality_per_minute import Logbook, by_label, measured, our_seconds, train_within
 from record import Row, this_command, write_record
 from torch import Tensor
@@ -44,7 +44,6 @@ from imagekiln.engine.generate import draw, in_parts
 from imagekiln.engine.models import Model, hash_of, open_model
 from imagekiln.engine.run import Run
 from imagekiln.errors import Diverged, UsageError
-from imagekiln.metrics import Measurement
 
 CODEC = "flowers-autoencoder"
 """Recipe of the autoencoder where none is given."""
@@ -276,12 +275,7 @@ def record_rows(found: Found, n: int, budget: str) -> list[Row]:
     for arm, by_seed in found.items():
         seeds, runs = list(by_seed), list(by_seed.values())
         rows.append(Row(f"{arm}, parameters", float(runs[0]["parameters"])))
-        if all(budget in run["seconds"] for run in runs):
-            rows.append(Row.of(f"{arm}, training ({budget})", [run["seconds"][budget] for run in runs], "s", seeds))
-        rows.append(Row.of(f"{arm}, images seen", [run["kimg"] for run in runs], "kimg", seeds))
-        rows.append(Row.of(f"{arm}, training", [run["images_per_sec"] for run in runs], "images/s", seeds))
-        for label, several in by_label(runs).items():
-            rows += _measurements(f"{arm}, {label}", several, seeds)
+        rows += rows_of_runs(arm, runs, seeds, budget)
     opponent = best_of_pixels(found)
     for arm in ("latents", COUNTED):
         seeds = [seed for seed in found.get(arm, {}) if opponent and seed in found[opponent]]
@@ -300,16 +294,6 @@ def best_of_pixels(found: Found) -> str | None:
 def mean_distance(by_seed: Mapping[int, Mapping[str, Any]]) -> float:
     """Mean Frechet distance over the seeds."""
     return statistics.fmean(distance(run) for run in by_seed.values())
-
-
-def _measurements(what: str, found: Sequence[Measurement], seeds: Sequence[int]) -> list[Row]:
-    """Mean and deviation over the seeds; of a single one the measurement's own interval. Floors besides."""
-    row = Row.of(what, [one.value for one in found], "", seeds, found[0].n)
-    (first, *others) = found
-    if not others and first.low is not None and first.high is not None:
-        row = Row(what, first.value, "", first.n, seeds, (first.low, first.high), None, (first.value,))
-    floors = [one.floor for one in found if one.floor is not None]
-    return [row, Row.of(f"{what}, real pictures", floors, "", seeds, first.n)] if len(floors) == len(found) else [row]
 
 
 def standings(found: Found, budget: str) -> list[str]:

@@ -6,6 +6,9 @@ import shutil
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from imagekiln.engine.models import Model, hash_of
 from imagekiln.engine.run import Run, disk_faults, write_whole
@@ -42,9 +45,21 @@ def write_card(model: Model, out: Path, use: str, facts: Sequence[str], limits: 
         *([f"![drawn by this model]({PICTURE})"] if shown else []),
         f"## Use\n\n{use}",
         f"## Measured\n\n{_measured(run)}",
-        "## Limits\n\n" + "\n".join(f"- {limit}" for limit in [*limits, *general]),
+        "## Limits\n\n" + "\n".join(f"- {limit}" for limit in [*limits, *_few_steps(family), *general]),
     ]
     write_whole(out / "README.md", "\n\n".join(parts) + "\n")
+
+
+def _few_steps(family: Any) -> list[str]:
+    """Where a model steps from that learned from a teacher to draw in few steps."""
+    if not getattr(family.config, "teacher", ""):
+        return []
+    levels = torch.tensor(family.config.distillation.levels, dtype=torch.float64)
+    times = ", ".join(f"{time:.1f}" for time in family.path.time(levels).tolist())
+    return [
+        f"It learned to draw in at most {len(levels)} steps of Euler's method, unguided, from the times {times} "
+        "(of 1000). Give these to a scheduler; from others it draws worse."
+    ]
 
 
 def _picture(run: Run, out: Path) -> bool:

@@ -50,7 +50,7 @@ class Stock(NamedTuple):
 
     absent: parts that are handed over as None when loading. given: what a call needs beside the prompt. exact: a number
     of steps at which it computes what `grid` says. steps: a number of steps to recommend. folds: whether it does not
-    shift latents.
+    shift latents. sigmas: the scheduler's, where a model of few steps has its own; () = as the scheduler makes them.
     """
 
     pipeline: str
@@ -59,6 +59,7 @@ class Stock(NamedTuple):
     exact: int
     steps: int
     folds: bool = False
+    sigmas: tuple[float, ...] = ()
 
     def load(self, folder: Path) -> Any:
         """The pipeline from a folder."""
@@ -71,7 +72,8 @@ class Stock(NamedTuple):
     def example(self, folder: str, prompt: str, scale: float) -> str:
         """Python that draws a picture."""
         loading = "".join(f", {name}=None" for name in self.absent)
-        given = {"num_inference_steps": self.steps, "guidance_scale": scale} | self.given
+        stepping = {"sigmas": list(self.sigmas)} if self.sigmas else {"num_inference_steps": self.steps}
+        given = stepping | {"guidance_scale": scale} | self.given
         called = "".join(f", {key}={value!r}" for key, value in given.items())
         return (
             f"from diffusers import {self.pipeline}\n\n"
@@ -148,6 +150,7 @@ def _write_flow(family: Any, out: Path, coder: str) -> Stock:
         given=_sides(family) | {"max_sequence_length": 0},
         exact=3,
         steps=28,
+        sigmas=tuple(round(level / (1 + level), 6) for level in config.distillation.levels) if config.teacher else (),
     )
 
 

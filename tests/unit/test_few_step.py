@@ -19,6 +19,7 @@ from imagekiln.core import Progress
 from imagekiln.diffusion import distillation, paths, samplers
 from imagekiln.diffusion.distillation import Distillation, Lesson
 from imagekiln.engine import recipe as recipes
+from imagekiln.engine.generate import asked_for, pictured
 from imagekiln.engine.inputs import begin
 from imagekiln.engine.models import open_model
 from imagekiln.engine.run import Run
@@ -171,15 +172,16 @@ def test_maps_of_denoisers_that_read(kind: str) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """A short run of each family that can be a teacher."""
     folder = tmp_path_factory.mktemp("teachers")
-    return {
-        family["name"]: imagekiln.train(
-            family["name"],
-            "builtin:digits",
-            folder / family["name"],
-            settings={"family": family, "train": TRAIN | {"total_kimg": 1.0}},
+    coder = {"kind": "tiny", "width": 8, "factor": 2, "adversarial_weight": 0.0}
+    settings = {"family": coder, "train": TRAIN}
+    codec = imagekiln.train("autoencoder", "builtin:digits", folder / "codec", settings=settings)
+    runs = {}
+    for family, data in ((PIXELS, {}), (WORDS, {"codec": str(codec.path)})):
+        settings = {"family": family, "data": data, "train": TRAIN | {"total_kimg": 1.0}}
+        runs[family["name"]] = imagekiln.train(
+            family["name"], "builtin:digits", folder / family["name"], settings=settings
         )
-        for family in (PIXELS, WORDS)
-    }
+    return runs
 
 
 def learn(teacher: Run, out: Path, recipe: str = "few-step", data: str = "", **train: object) -> Run:
@@ -199,6 +201,37 @@ def test_a_student_comes_closer_to_its_teacher(family: str, trained: dict[str, R
     recipe = read_toml(student.recipe_path)
     assert recipe["family"]["teacher"] == recipe["train"]["start"] == str(trained[family].path)
     assert recipe["data"]["path"] == "builtin:digits"
+
+
+@pytest.mark.parametrize("family", ["diffusion", "stable_diffusion"])
+def test_a_student_is_exported_like_its_teacher(family: str, trained: dict[str, Run], tmp_path: Path) -> None:
+    student = learn(trained[family], tmp_path / "student")
+    receipt = imagekiln.export(student, "diffusers", tmp_path / "out")
+    assert receipt["difference"] <= 1e-4
+    card = tmp_path / "out" / "README.md"
+    assert not card.is_file() or "from the times 993.8, 500.0 (of 1000)" in card.read_text()
+    assert card.is_file() == (family == "stable_diffusion")
+
+
+def test_the_exported_pipeline_draws_in_two_steps_what_the_student_draws(
+    trained: dict[str, Run], tmp_path: Path
+) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    student = learn(trained["stable_diffusion"], tmp_path / "student")
+    call = imagekiln.export(student, "diffusers", tmp_path / "out")["call"]
+    assert "sigmas=[0.993789, 0.5], guidance_scale=1.0" in call
+    family = open_model(student, device="cpu").family
+    noise = torch.randn(1, *family.noise_shape(), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = pictured(family, noise, asked_for(family, ["3"])) / 2 + 0.5
+    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(
+        tmp_path / "out", text_encoder_3=None, tokenizer_3=None
+    )
+    theirs = pipeline(
+        "3", sigmas=[160 / 161, 0.5], guidance_scale=1.0, height=8, width=8, max_sequence_length=0, output_type="pt",
+        latents=noise * 160 / 161,
+    ).images  # fmt: skip
+    assert (ours - theirs).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("family", ["diffusion", "stable_diffusion"])
