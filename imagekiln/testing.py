@@ -96,13 +96,15 @@ def check_unknown_settings_are_refused(name: str) -> None:
 
 
 def check_modules_exist(name: str) -> None:
-    """Phases train, and averages follow, sub-modules that exist; every optimizer is used."""
+    """Phases train, and averages follow, sub-modules that exist; every optimizer is used, or could be by a phase that
+    one of the family's companions brings."""
     for family in _built(name):
         children = dict(family.named_children())
         for module in [*family.averaged, *(part for phase in family.phases for part in phase.trains)]:
             _require(module in children, f"{module!r} is not a sub-module; there are {sorted(children)}")
         used = {phase.optimizer for phase in family.phases}
-        _require(used == set(type(family).optimizers), f"phases use {sorted(used)}")
+        known = set(type(family).optimizers)
+        _require(used == known or (used < known and bool(family.companions)), f"phases use {sorted(used)}")
         _require(bool(family.averaged), "averaged is empty")
         monitored = type(family).monitor
         _require(monitored is None or monitored in _held_out(family), f"no held-out loss {monitored!r}")
