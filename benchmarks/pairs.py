@@ -8,6 +8,7 @@ its own and waits there without computing while others are timed.
 from __future__ import annotations
 
 import multiprocessing
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -63,6 +64,11 @@ class Worker:
         self._pipe.send(steps)
         return self._answer()
 
+    def peak_bytes(self) -> int:
+        """The most memory that the process has held at once, from its start on."""
+        self._pipe.send(None)
+        return self._answer()
+
     def close(self) -> None:
         """End the process."""
         self._pipe.close()
@@ -84,7 +90,7 @@ def _serve(pipe: Connection, build: Callable[..., Any], arguments: Sequence[Any]
             steps = pipe.recv()
         except EOFError:
             return
-        pipe.send(run(steps))
+        pipe.send(run(steps) if steps is not None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def interleave(

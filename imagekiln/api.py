@@ -223,7 +223,7 @@ def dry_run(
         family = recipes.build(wanted, (shape[0], shape[1], shape[2]), dataset.train.num_classes)
         notices.append(f"Before this model its autoencoder is trained, with the recipe {codec}.")
     else:
-        family = begin(wanted, dataset).family
+        family = begin(wanted, dataset, rehearsal=True).family
     precision = "bf16" if device.autocast_dtype(wanted.train.precision, where) else "fp32"
     counts = recipes.parameter_counts(family)
     return Planned(wanted, dataset.summary(), counts, device.describe(where), precision, notices)
@@ -363,7 +363,7 @@ def _resolve(
 ) -> Recipe:
     named = [f"data.path={_absolute(str(data))}"] if data else []
     under = recipes.following(Run.open(begin_with)) if begin_with else None
-    wanted = recipes.resolve(recipe, settings, [*assignments, *named], under)
+    wanted = recipes.founded(recipes.resolve(recipe, settings, [*assignments, *named], under))
     device.choose(wanted.train.device)  # a missing GPU is said before pictures are read
     return wanted
 

@@ -25,7 +25,8 @@ from imagekiln.core import Batch
 from imagekiln.data import cache_folder, to_float
 from imagekiln.engine.run import Run, aside_of, disk_faults, write_whole
 
-BATCH = 64
+BATCH, PIXELS = 64, 2**19
+"""Pictures encoded or decoded at once, and the most pixels of them: memory is bounded for large ones."""
 
 
 @runtime_checkable
@@ -52,6 +53,7 @@ class Codec:
         self.model, self.data = model, data
         self.shift, self.scale = shift, scale
         self.image_shape: tuple[int, int, int] = model.family.image_shape
+        self.at_once = max(1, min(BATCH, PIXELS // (self.image_shape[1] * self.image_shape[2])))
         self.fingerprint = hashlib.blake2b(data, digest_size=16).hexdigest()
 
     def __deepcopy__(self, memo: Any) -> Codec:
@@ -65,7 +67,8 @@ class Codec:
     def raw(self, images: Tensor) -> Tensor:
         """latents_BCHW as the autoencoder makes them."""
         with self.model.precision():
-            return self._coder.encode(images.to(self.model.device)).float()
+            parts = images.to(self.model.device).split(self.at_once)
+            return torch.cat([self._coder.encode(part).float() for part in parts])
 
     def standard(self, latents: Tensor) -> Tensor:
         """Raw latents as a family learns them."""
@@ -77,8 +80,8 @@ class Codec:
         self.model.family.to(latents.device)
         shift, scale = self._scales
         with self.model.precision():
-            images = self._coder.decode(latents * scale + shift)
-        return images.float()
+            parts = (latents * scale + shift).split(self.at_once)
+            return torch.cat([self._coder.decode(part).float() for part in parts])
 
     def keep(self, run: Run) -> None:
         """Copy this codec into a run."""
@@ -163,8 +166,8 @@ def _encode_all(codec: Codec, source: Any, path: Path, mirrored: bool) -> None:
         try:
             rows = None
             for copy in range(1 + mirrored):
-                for start in range(0, count, BATCH):
-                    images = to_float(source.read(range(start, min(count, start + BATCH))).images)
+                for start in range(0, count, codec.at_once):
+                    images = to_float(source.read(range(start, min(count, start + codec.at_once))).images)
                     raw = codec.raw(images.flip(-1) if copy else images).cpu().numpy().astype(np.float16)
                     if rows is None:
                         shape = (count * (1 + mirrored), *raw.shape[1:])

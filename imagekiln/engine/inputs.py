@@ -23,7 +23,7 @@ from imagekiln.data import Dataset
 from imagekiln.data.captions import reworded, varied
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine import registry
-from imagekiln.engine.codec import Latents, latents
+from imagekiln.engine.codec import Codec, Latents, latents
 from imagekiln.engine.generate import Wish, read
 from imagekiln.engine.models import Model, hash_of, named_codec, open_model
 from imagekiln.engine.run import Run
@@ -39,10 +39,11 @@ class Begun(NamedTuple):
     held_out: Source
 
 
-def begin(recipe: Recipe, dataset: Dataset, run: Run | None = None) -> Begun:
+def begin(recipe: Recipe, dataset: Dataset, run: Run | None = None, *, rehearsal: bool = False) -> Begun:
     """What a training starts with, a function of (recipe, data) alone.
 
-    run: an earlier start of the same run, which keeps its own copy of the codec.
+    run: an earlier start of the same run, which keeps its own copy of the codec. rehearsal: latents are not made; all
+    are those of a grey picture.
 
     Raises:
         RecipeError: family, pictures and recipe do not fit. UsageError: another run that the recipe names is not there,
@@ -57,7 +58,8 @@ def begin(recipe: Recipe, dataset: Dataset, run: Run | None = None) -> Begun:
     train: Any = dataset.train
     held_out: Any = dataset.validation
     if codec is not None:  # the training set's come first: its scales are those of both
-        train, held_out = latents(codec, train, recipe.data.flip), latents(codec, held_out)
+        made = _unmade if rehearsal else latents
+        train, held_out = made(codec, train, recipe.data.flip), made(codec, held_out)
     torch.manual_seed(mix(recipe.train.seed, "initialisation"))
     family = recipes.build(recipe, train.image_shape, train.num_classes)
     family.codec = codec
@@ -77,6 +79,12 @@ def begin(recipe: Recipe, dataset: Dataset, run: Run | None = None) -> Begun:
             "classes. Add a metadata.csv with the columns file_name and text, or one folder a class."
         )
     return Begun(family, *(Told(source, family, recipe.data) for source in (train, held_out)))
+
+
+def _unmade(codec: Codec, source: Source, mirrored: bool = False) -> Latents:
+    """Latents of the right number and shape, at no cost."""
+    one_1CHW = codec.raw(torch.zeros(1, *source.image_shape)).cpu().numpy()
+    return Latents(source, np.broadcast_to(one_1CHW, (len(source) * (1 + mirrored), *one_1CHW.shape[1:])), codec)
 
 
 def _begin_with(family: Family, path: str) -> None:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from imagekiln.engine.codec import Codec
 from imagekiln.errors import UsageError
-from imagekiln.nets import conditioned, latent_autoencoder
+from imagekiln.nets import latent_autoencoder
+from imagekiln.nets.libraries import diffusers, quietly
 
 FORMAT = "diffusers"
 _CLASSES = ("AutoencoderKL", "AutoencoderTiny")
@@ -76,11 +77,12 @@ def opened(folder: Path, image_shape: tuple[int, int, int]) -> Codec:
         UsageError: its weights cannot be read, or pictures have another number of channels or sides it cannot halve.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kind = getattr(conditioned.diffusers(), config["_class_name"])
+    kind = getattr(diffusers(), config["_class_name"])
     if not any(folder.glob("*.safetensors")):
         raise UsageError(f"data.codec: {folder} holds no safetensors; weights as pickles can run any code.")
     try:
-        network = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True).float()
+        with quietly():
+            network = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True).float()
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(f"data.codec: {folder} cannot be read as a {kind.__name__} ({error}).") from error
     channels, halvings = network.config.in_channels, 2 ** (len(_widths(network)) - 1)
@@ -106,7 +108,7 @@ def reopened(weights: Path) -> Codec | None:
         if about.get("format") != FORMAT or about.get("class") not in _CLASSES:
             return None
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
-    network = getattr(conditioned.diffusers(), about["class"]).from_config(json.loads(about["config"]))
+    network = getattr(diffusers(), about["class"]).from_config(json.loads(about["config"]))
     network.load_state_dict(tensors)
     rows: Sequence[int] = json.loads(about["image_shape"])
     return _codec(network, (rows[0], rows[1], rows[2]), weights.read_bytes())

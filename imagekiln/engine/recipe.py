@@ -11,7 +11,7 @@ from typing import Any
 from imagekiln import optim
 from imagekiln.config import FamilyConfig, OptimizerConfig, Recipe, merge, override, parse, read_toml
 from imagekiln.core import Family
-from imagekiln.engine import published, registry
+from imagekiln.engine import bases, published, registry
 from imagekiln.engine.run import Run
 from imagekiln.errors import RecipeError, did_you_mean
 
@@ -128,14 +128,14 @@ def complete(values: Mapping[str, Any]) -> Recipe:
 
 def founded(recipe: Recipe) -> Recipe:
     """The recipe of a family that learns from pretrained weights, with the full path of their folder and with the
-    autoencoder in it as codec; any other recipe as it is."""
+    autoencoder in it as codec; any other recipe as it is. Raises what `bases.folder` raises."""
     field = registry.load(recipe.family.name).foundation
     named = getattr(recipe.family, field) if field else ""
-    if not named or not Path(named).expanduser().is_dir():
+    folder = bases.folder(named)
+    if folder is None:
         return recipe
-    folder = Path(named).expanduser()
-    family = recipe.family.model_copy(update={field: str(folder.absolute())})
-    codec = recipe.data.codec or (str(folder.absolute()) if published.folder_of(str(folder)) else "")
+    family = recipe.family.model_copy(update={field: str(folder)})
+    codec = recipe.data.codec or (str(folder) if published.folder_of(str(folder)) else "")
     return recipe.model_copy(update={"family": family, "data": recipe.data.model_copy(update={"codec": codec})})
 
 

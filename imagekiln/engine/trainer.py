@@ -8,7 +8,6 @@ seeded before every loss from (seed, attempt, phase, images seen, slot), and dat
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import math
 import time
@@ -28,6 +27,7 @@ from imagekiln.engine.inputs import examples, in_words
 from imagekiln.engine.models import save_weights
 from imagekiln.engine.run import Run
 from imagekiln.engine.state import Listener, State
+from imagekiln.engine.twin import follow, twin_of
 from imagekiln.engine.validation import Validation
 from imagekiln.errors import CheckpointError, DiskError, Diverged, OutOfMemory
 
@@ -66,7 +66,7 @@ class Trainer:
             average.name: optim.Average(average, self.followed, dict(family.named_buffers()))
             for average in self.config.averages
         }
-        self.twin = copy.deepcopy(self.family).eval().requires_grad_(False)
+        self.twin = twin_of(self.family)
         self._open: str | None = None
         self._sums: dict[str, list[Tensor]] = {}
         self._make_loader()
@@ -431,12 +431,8 @@ class Trainer:
     # -- small parts --------------------------------------------------------------------------------------------------
 
     def inference_twin(self, average: str | None = None) -> Family:
-        """A copy of the family in evaluation mode whose averaged modules carry a moving average's weights."""
-        self.twin.load_state_dict(self.family.state_dict())
-        chosen = self.averages[average or next(iter(self.averages))]
-        tensors = self._averaged(self.twin)
-        for name, value in chosen.state_dict().items():
-            tensors[name].copy_(value)
+        """The family in evaluation mode, its averaged modules with a moving average's weights, until the next step."""
+        follow(self.twin, self.family, self.averages[average or next(iter(self.averages))].state_dict())
         return self.twin
 
     def _averaged(self, family: Family) -> dict[str, Tensor]:

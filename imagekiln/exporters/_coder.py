@@ -22,9 +22,10 @@ from torch import Tensor
 from imagekiln.core import Family
 from imagekiln.engine.codec import Codec, Coder
 from imagekiln.errors import UsageError
-from imagekiln.exporters._folder import apart, config_of, library, quietly, write_network
+from imagekiln.exporters._folder import apart, config_of, library, write_network
 from imagekiln.nets import latent_autoencoder
 from imagekiln.nets.codebook import Codebook
+from imagekiln.nets.libraries import quietly
 
 FOLDER = Path("./vae")
 """Where diffusers and ComfyUI expect an autoencoder."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +25,6 @@ def library(out: Path) -> Any:
             f"The files are written to {out}, but diffusers, which would prove that they load, is not usable here "
             f"({error}). pip install 'imagekiln[sd]'."
         ) from error
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Neither progress bars nor remarks of diffusers and transformers, nor of what they use, within."""
-    speakers = [importlib.import_module(f"{name}.utils.logging") for name in ("diffusers", "transformers")]
-    before = [speaker.get_verbosity() for speaker in speakers]
-    for speaker in speakers:
-        speaker.set_verbosity_error()
-        speaker.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            yield
-    finally:
-        for speaker, verbosity in zip(speakers, before, strict=True):
-            speaker.set_verbosity(verbosity)
-            speaker.enable_progress_bar()
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:

@@ -31,6 +31,7 @@ from imagekiln.engine.models import Model
 from imagekiln.errors import UsageError
 from imagekiln.exporters import _coder, _folder
 from imagekiln.nets.conditioned import SECOND, ConditionedUnet, Transformer
+from imagekiln.nets.libraries import quietly
 
 TOLERANCE = 1e-4
 """Largest difference of a pixel, in [0, 1], between the pipeline's picture and ours."""
@@ -64,7 +65,7 @@ class Stock(NamedTuple):
     def load(self, folder: Path) -> Any:
         """The pipeline from a folder."""
         kind = getattr(_folder.library(folder), self.pipeline)
-        with _folder.quietly():
+        with quietly():
             pipeline = kind.from_pretrained(folder, **dict.fromkeys(self.absent))
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -261,7 +262,7 @@ def difference(model: Model, stock: Stock, out: Path) -> float:
     prompts = (list(model.prompts) + PROMPTS)[:2]
     start = torch.randn(2, *model.family.image_shape, generator=torch.Generator().manual_seed(0))
     pipeline = stock.load(out)
-    with _folder.quietly():
+    with quietly():
         theirs = pipeline(
             prompts,
             negative_prompt=[NEGATIVE] * 2,

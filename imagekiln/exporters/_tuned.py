@@ -29,6 +29,7 @@ from imagekiln.errors import UsageError
 from imagekiln.exporters import _folder
 from imagekiln.exporters._card import write_card
 from imagekiln.nets.adapters import Adapters, LowRank, NewWord
+from imagekiln.nets.libraries import quietly
 from imagekiln.nets.pretrained import PIPELINES, RANDOM, Pretrained
 
 TOLERANCE = 1e-4
@@ -92,7 +93,7 @@ def _write_files(model: Model, out: Path, to: str) -> tuple[Path, str]:
     if comfy:
         raise UsageError("ComfyUI is given changes of a model or a new word here. For a whole one use --to diffusers.")
     pipeline = _pipeline(family, family.base.folder, out)
-    with _folder.quietly(), disk_faults(out):
+    with quietly(), disk_faults(out):
         for network, trained in tuned.items():
             setattr(pipeline, _diffusers_name(family.base, network), trained)
         pipeline.save_pretrained(out)
@@ -193,7 +194,7 @@ def _difference(family: Any, known: Sequence[str], path: Path, out: Path) -> flo
     start = torch.randn(2, *family.image_shape, generator=torch.Generator().manual_seed(0))
     pipeline = _loaded(family, path, out)
     _, rows, columns = family.picture_shape
-    with _folder.quietly():
+    with quietly():
         theirs = pipeline(
             prompts,
             negative_prompt=[NEGATIVE] * 2,
@@ -251,7 +252,7 @@ def _loaded(family: Any, path: Path, out: Path) -> Any:
     """The stock pipeline with this file, or from this folder."""
     tuned = family.tuned
     pipeline = _pipeline(family, str(path) if path.is_dir() else family.base.folder, out)
-    with _folder.quietly():
+    with quietly():
         if isinstance(tuned, Adapters):
             pipeline.load_lora_weights(path.parent, weight_name=path.name)
         if isinstance(tuned, NewWord):
@@ -273,7 +274,7 @@ def _loaded(family: Any, path: Path, out: Path) -> Any:
 
 def _pipeline(family: Any, folder: str, out: Path) -> Any:
     kind = getattr(_folder.library(out), PIPELINES[family.base.kind])
-    with _folder.quietly():
+    with quietly():
         absent = dict.fromkeys(_absent(family.base))
         pipeline = kind.from_pretrained(folder, local_files_only=True, **absent).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)

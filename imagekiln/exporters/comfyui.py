@@ -36,6 +36,7 @@ from imagekiln.errors import UsageError
 from imagekiln.exporters import _coder, _comfyui_node, _comfyui_rules, _comfyui_tensors, _folder, _pipelines, _tuned
 from imagekiln.exporters._card import write_card
 from imagekiln.nets.conditioned import Transformer
+from imagekiln.nets.libraries import quietly
 
 TOLERANCE = 1e-4
 
@@ -211,7 +212,7 @@ def _difference(model: Model, path: Path, node: Path, found: dict[str, Any]) -> 
     else:
         sizes["cross_attention_dim"] = found["words"]
         tensors = _comfyui_tensors.unet_back(tensors, len(found["widths"]))
-    with _folder.quietly():
+    with quietly():
         theirs = type(net).from_config(dict(net.config) | sizes).eval()
         theirs.load_state_dict(tensors)
         prompt = next(iter(model.prompts), "a")

@@ -68,7 +68,7 @@ class FineTuneConfig(FamilyConfig):
     """Settings of the fine-tuning family."""
 
     name: str = "fine_tune"
-    base: str = Field("", description="folder of a pretrained model, as diffusers writes it")
+    base: str = Field("", description="pretrained model: folder of diffusers, .safetensors file, OWNER/NAME@COMMIT")
     method: Literal["lora", "dora", "full", "word"] = Field("lora", description="what is learned")
     rank: int = Field(16, ge=1, le=1024, description="rank of the changes (lora, dora)")
     alpha: float = Field(16.0, gt=0, description="changes are multiplied by alpha / rank (lora, dora)")

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from imagekiln.errors import UsageError
+from imagekiln.nets.libraries import transformers
 
 BYTES, MARKS = 512, 2
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -51,7 +51,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, width: int, layers: int, context: int, vocabulary: int) -> None:
         super().__init__()
-        clip = _transformers()
+        clip = transformers()
         heads = max(1, width // 64) if width % max(1, width // 64) == 0 else 1
         self.context, self.vocabulary = context, vocabulary
         self.clip = clip.CLIPTextModelWithProjection(
@@ -122,7 +122,7 @@ def _vocabulary(merges: Sequence[tuple[int, int]], size: int) -> tuple[dict[str,
 def _tokenizer(merges: bytes, size: int, context: int) -> Any:
     pairs = [(int(a), int(b)) for a, b in np.frombuffer(merges, np.int32).reshape(-1, 2)]
     vocabulary, named = _vocabulary(pairs, size)
-    return _transformers().CLIPTokenizer(vocab=vocabulary, merges=named, model_max_length=context)
+    return transformers().CLIPTokenizer(vocab=vocabulary, merges=named, model_max_length=context)
 
 
 def _learned(captions: Sequence[str], size: int) -> list[tuple[int, int]]:
@@ -183,14 +183,3 @@ def _replace(
     for fresh in itertools.pairwise(word):
         found[fresh] = found.get(fresh, 0) + count
         where.setdefault(fresh, set()).add(index)
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise UsageError(
-            f"A model that reads text needs transformers, which is not usable here ({error}). "
-            "pip install 'imagekiln[sd]'."
-        ) from error
-    return transformers

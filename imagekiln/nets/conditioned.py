@@ -15,24 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imagekiln.errors import RecipeError, UsageError
+from imagekiln.errors import RecipeError
 from imagekiln.nets.clip_text import Encoded
 from imagekiln.nets.layers import attention
+from imagekiln.nets.libraries import diffusers
 
 HEAD = 64
 SECOND = 8
 """Width that an empty second text encoder has, which the pipeline of Stable Diffusion 3 expects; see `Transformer`."""
-
-
-def diffusers() -> Any:
-    """The library. Raises `UsageError` when it is not there."""
-    try:
-        import diffusers
-    except (ImportError, RuntimeError) as error:
-        raise UsageError(
-            f"This family needs diffusers, which is not usable here ({error}). pip install 'imagekiln[sd]'."
-        ) from error
-    return diffusers
 
 
 class Transformer(nn.Module):
@@ -64,7 +54,7 @@ class Transformer(nn.Module):
             pooled_projection_dim=text_width + SECOND,
             pos_embed_max_size=rows // 2,
         )
-        self.net.set_attn_processor(_JointAttention())
+        hasten(self.net)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -99,18 +89,15 @@ class Transformer(nn.Module):
 
 
 class _JointAttention:
-    """What diffusers' `JointAttnProcessor2_0` computes for blocks without normalised keys, faster on the CPU."""
+    """What diffusers' `JointAttnProcessor2_0` computes for plain layers, faster on the CPU."""
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: None = None
     ) -> Any:
-        def heads(x_BLD: Tensor) -> Tensor:
-            return x_BLD.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-
-        parts = [[heads(layer(hidden_states)) for layer in (attn.to_q, attn.to_k, attn.to_v)]]
+        parts = [_projected(attn, (attn.to_q, attn.to_k, attn.to_v), hidden_states)]
         if encoder_hidden_states is not None:
             layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-            parts.append([heads(layer(encoder_hidden_states)) for layer in layers])
+            parts.append(_projected(attn, layers, encoder_hidden_states))
         q, k, v = (torch.cat(each, dim=2) for each in zip(*parts, strict=True))
         seen_BLD = attention(q, k, v).transpose(1, 2).flatten(2)
         pixels_BLD, words_BLD = seen_BLD.split([hidden_states.shape[1], seen_BLD.shape[1] - hidden_states.shape[1]], 1)
@@ -118,6 +105,38 @@ class _JointAttention:
         if encoder_hidden_states is None:
             return answer
         return answer, words_BLD if attn.context_pre_only else attn.to_add_out(words_BLD)
+
+
+class _CrossAttention:
+    """What diffusers' `AttnProcessor2_0` computes for plain layers, which look at words or at themselves."""
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: None = None
+    ) -> Tensor:
+        seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        (q,), (k, v) = _projected(attn, (attn.to_q,), hidden_states), _projected(attn, (attn.to_k, attn.to_v), seen)
+        answer: Tensor = attn.to_out[1](attn.to_out[0](attention(q, k, v).transpose(1, 2).flatten(2)))
+        return answer
+
+
+def _projected(attn: Any, layers: Sequence[nn.Module], x_BLD: Tensor) -> list[Tensor]:
+    """What these layers make of x, divided among the heads: (B, heads, L, D / heads)."""
+    return [layer(x_BLD).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for layer in layers]
+
+
+def hasten(net: nn.Module) -> None:
+    """Let a network of diffusers compute attention as `imagekiln.nets.layers.attention` does, wherever it is plain:
+    without masks, normalised queries and keys, or shared heads."""
+    for layer in net.modules():
+        if isinstance(layer, diffusers().models.attention_processor.Attention) and _is_plain(layer):
+            layer.set_processor(_CrossAttention() if layer.add_k_proj is None else _JointAttention())
+
+
+def _is_plain(layer: Any) -> bool:
+    extras = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k", "norm_added_q", "norm_added_k")
+    if any(getattr(layer, name, None) is not None for name in extras) or layer.residual_connection:
+        return False
+    return layer.rescale_output_factor == 1 and layer.to_q.out_features == layer.to_k.out_features
 
 
 class ConditionedUnet(nn.Module):
@@ -147,6 +166,7 @@ class ConditionedUnet(nn.Module):
             cross_attention_dim=text_width,
             attention_head_dim=8,  # heads, by an old mistake in this class
         )
+        hasten(self.net)
 
     def forward(self, z_BCHW: Tensor, time_B: Tensor, text: Encoded) -> Tensor:
         """What the network answers, of the shape of z. time_B: in [0, 1000]."""

@@ -22,8 +22,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from imagekiln.errors import UsageError
 from imagekiln.nets.layers import group_norm_silu, prefers_channels_last
+from imagekiln.nets.libraries import diffusers
 
 Kind = Literal["kl", "tiny", "vq"]
 
@@ -86,7 +86,7 @@ def build(
             "num_encoder_blocks": counts,
             "num_decoder_blocks": counts[::-1],
         }
-        return _diffusers_class("AutoencoderTiny")(**settings)
+        return diffusers().AutoencoderTiny(**settings)
     settings |= {
         "down_block_types": ("DownEncoderBlock2D",) * len(widths),
         "up_block_types": ("UpDecoderBlock2D",) * len(widths),
@@ -97,10 +97,10 @@ def build(
     }
     if kind == "vq":
         settings |= {"num_vq_embeddings": num_codes, "vq_embed_dim": latent_channels}
-        network = _diffusers_class("VQModel")(**settings)
+        network = diffusers().VQModel(**settings)
         del network.quantize
     else:
-        network = _diffusers_class("AutoencoderKL")(**settings)
+        network = diffusers().AutoencoderKL(**settings)
     _speed_up(network)
     return network
 
@@ -155,18 +155,6 @@ def diffusers_state_dict(
 
 def _groups(width: int) -> int:
     return math.gcd(width, GROUPS if width >= PAPER_WIDTH else max(1, width // CHANNELS_A_GROUP))
-
-
-def _diffusers_class(name: str) -> Any:
-    try:
-        import diffusers
-
-        return getattr(diffusers, name)
-    except (ImportError, RuntimeError) as error:  # diffusers turns a failed import of its parts into a RuntimeError
-        raise UsageError(
-            f"This autoencoder is the class {name} of diffusers, which is not usable here ({error}). "
-            "pip install 'imagekiln[sd]'."
-        ) from error
 
 
 def moments_of(latents_BZhw: Tensor) -> tuple[Tensor, Tensor]:

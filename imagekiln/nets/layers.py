@@ -4,7 +4,7 @@ Group normalisation: Wu & He 2018 (arXiv:1803.08494). PyTorch's own is slow on t
 is the layout convolutions are fastest in; the native kernel (`kernels/group_norm_silu.c`) mends that, and the plain
 formula stands in wherever the kernel does not apply, with the same result up to rounding.
 
-Shapes: B images, C channels, H rows, W columns, G groups, N heads, L tokens, D channels a head.
+Shapes: B images, C channels, H rows, W columns, G groups, N heads, L tokens that look at S, D channels a head.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from imagekiln import native
 from imagekiln.errors import OutOfMemory
 from imagekiln.nets import kernels
+
+MOST_WRITTEN_OUT = 2**19
+"""Weights of a head of attention: of no more than these a bfloat16 matrix is made on the CPU."""
 
 
 def group_norm_silu(
@@ -69,7 +72,7 @@ def group_norm_silu(
     return _FusedNorm.apply(x_BCHW, offset_BC, gain.contiguous(), bias.contiguous(), norm.num_groups, norm.eps, silu)
 
 
-def attention(q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor) -> Tensor:
+def attention(q_BNLD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for every head: (B, N, L, D), dtype of the input.
 
     >>> q, k, v = torch.randn(3, 1, 2, 5, 8)
@@ -77,11 +80,12 @@ def attention(q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor) -> Tensor:
     True
     """
     B, N, L, D = q_BNLD.shape
-    # PyTorch's CPU attention computes the bfloat16 gradient 3 to 9 times slower than these two products do, so as long
-    # as the L x L weights fit comfortably they are written out.
-    if q_BNLD.device.type != "cpu" or q_BNLD.dtype != torch.bfloat16 or L > 1024 or torch.compiler.is_compiling():
-        return F.scaled_dot_product_attention(q_BNLD, k_BNLD, v_BNLD)
-    q, k, v = (tensor.reshape(B * N, -1, D) for tensor in (q_BNLD, k_BNLD, v_BNLD))
+    # PyTorch's CPU attention computes the bfloat16 gradient up to 9 times slower than these two products do, so as long
+    # as the L x S weights are few they are written out; beyond that it is as fast, and needs no memory for them.
+    few = L * k_BNSD.shape[2] <= MOST_WRITTEN_OUT
+    if q_BNLD.device.type != "cpu" or q_BNLD.dtype != torch.bfloat16 or not few or torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q_BNLD, k_BNSD, v_BNSD)
+    q, k, v = (tensor.reshape(B * N, -1, D) for tensor in (q_BNLD, k_BNSD, v_BNSD))
     weights = torch.softmax(torch.bmm(q * D**-0.5, k.transpose(1, 2)), dim=-1)
     return torch.bmm(weights, v).view(B, N, L, D)
 

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from imagekiln.errors import RecipeError
 from imagekiln.nets.clip_text import BYTES, MARKS, TextEncoder
-from imagekiln.nets.conditioned import diffusers
+from imagekiln.nets.conditioned import hasten
+from imagekiln.nets.libraries import diffusers, quietly, transformers
 
 T5_TOKENS = 256
 """Tokens of the third encoder, as the stock pipeline has them, also where it is absent."""
@@ -85,6 +86,7 @@ class Pretrained:
         self.noise: Noise = parts["noise"]
         self.silent_when_empty: bool = parts["silent_when_empty"]
         self.denoiser: Any = parts["denoiser"].eval().requires_grad_(False)
+        hasten(self.denoiser)
         self.encoders: list[Any] = [encoder.eval().requires_grad_(False) for encoder in parts["encoders"]]
         self.tokenizers: list[Any] = parts["tokenizers"]
         self.added: Mapping[str, Any] = {}
@@ -222,7 +224,7 @@ def _opened(folder: str) -> dict[str, Any]:
     root = Path(folder).expanduser()
     index = _index(root, folder)
     kind = next(kind for kind, name in PIPELINES.items() if name == index["_class_name"])
-    library, models = diffusers(), _transformers()
+    library, models = diffusers(), transformers()
     place = "transformer" if kind == "sd3" else "unet"
     denoiser = getattr(library, "SD3Transformer2DModel" if kind == "sd3" else "UNet2DConditionModel")
     encoders, tokenizers = [], []
@@ -241,7 +243,7 @@ def _opened(folder: str) -> dict[str, Any]:
         )
     return {
         "kind": kind,
-        "denoiser": _weights(denoiser, root / place),
+        "denoiser": _in_memory(_weights(denoiser, root / place)),
         "encoders": encoders,
         "tokenizers": tokenizers,
         "noise": noise_of(_json(root / "scheduler" / "scheduler_config.json"), kind),
@@ -253,20 +255,24 @@ def _index(root: Path, folder: str) -> dict[str, Any]:
     if not folder:
         raise RecipeError("family.base: it is missing. It names the folder of the pretrained model to learn from.")
     if not (root / "model_index.json").is_file():
-        what = (
-            "is one file; from_single_file of diffusers' pipelines opens it, and save_pretrained makes a folder of it"
-            if root.is_file()
-            else "is no such folder"
-        )
+        what = "is one file, and here only folders are read" if root.is_file() else "is no such folder"
         raise RecipeError(
-            f"family.base = {folder!r} {what}. Expected a folder with a model_index.json, as diffusers writes it; a "
-            "model of the hub is fetched by huggingface_hub.snapshot_download(NAME, revision=COMMIT, local_dir=FOLDER)."
+            f"family.base = {folder!r} {what}. Expected a folder with a model_index.json, as diffusers writes it, one "
+            ".safetensors file of a whole model, or OWNER/NAME@COMMIT of the hub."
         )
     index = _json(root / "model_index.json")
     if index.get("_class_name") not in PIPELINES.values():
         known = ", ".join(PIPELINES.values())
         raise RecipeError(f"family.base = {folder!r} holds a {index.get('_class_name')}; expected one of {known}.")
     return index
+
+
+def _in_memory(network: Any) -> Any:
+    """The network with weights of its own: those that are read from a file's pages as they are needed would stay in
+    memory beside what training makes of them."""
+    for parameter in network.parameters():
+        parameter.data = parameter.data.clone()
+    return network
 
 
 def _weights(kind: Any, folder: Path) -> Any:
@@ -277,7 +283,8 @@ def _weights(kind: Any, folder: Path) -> Any:
             f"family.base: {folder} holds {held}. Expected safetensors, as save_pretrained of diffusers writes them."
         )
     try:
-        return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True).float()
+        with quietly():
+            return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True).float()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise RecipeError(f"family.base: {folder} cannot be read as a {kind.__name__} ({error}).") from error
 
@@ -318,13 +325,6 @@ def noise_of(config: Mapping[str, Any], kind: str) -> Noise:
     return Noise(betas, targets[asked])
 
 
-def _transformers() -> Any:
-    diffusers()
-    import transformers
-
-    return transformers
-
-
 # -- random weights ---------------------------------------------------------------------------------------------------
 
 
@@ -333,7 +333,7 @@ def random_parts(kind: str, channels: int = 4) -> dict[str, Any]:
 
     kind: "sd1", "sdxl" or "sd3" (without T5). channels: of latents.
     """
-    library, models = diffusers(), _transformers()
+    library, models = diffusers(), transformers()
     vocabulary = BYTES + MARKS
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -7,7 +7,7 @@ import torch
 
 from imagekiln.errors import RecipeError
 from imagekiln.nets.clip_text import Encoded
-from imagekiln.nets.conditioned import HEAD, SECOND, denoiser
+from imagekiln.nets.conditioned import HEAD, SECOND, denoiser, hasten
 
 pytest.importorskip("diffusers")
 
@@ -41,21 +41,36 @@ def test_words_and_time_change_the_answer_and_nothing_crosses_the_batch(kind: st
     assert torch.allclose(alone, answer[1:], atol=1e-5)
 
 
-def test_the_faster_attention_is_the_stock_one():
-    from diffusers.models.attention_processor import JointAttnProcessor2_0
+@pytest.mark.parametrize("kind", ["sd3", "unet"])
+def test_the_faster_attention_is_the_stock_one(kind: str):
+    from diffusers.models import attention_processor as stock
 
-    net, z, time_B = made("sd3"), torch.randn(2, 4, 8, 8), torch.tensor([100.0, 900.0])
+    net, z, time_B = made(kind), torch.randn(2, 4, 8, 8), torch.tensor([100.0, 900.0])
+    assert all(type(one).__module__.startswith("imagekiln") for one in net.net.attn_processors.values())
     ours = net(z, time_B, text())
     ours.square().sum().backward()
     slopes = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
     net.zero_grad()
-    net.net.set_attn_processor(JointAttnProcessor2_0())
+    net.net.set_attn_processor(stock.JointAttnProcessor2_0() if kind == "sd3" else stock.AttnProcessor2_0())
     theirs = net(z, time_B, text())
     theirs.square().sum().backward()
     assert torch.allclose(ours, theirs, atol=1e-5)
     for name, parameter in net.named_parameters():
         if parameter.grad is not None:
             assert torch.allclose(slopes[name], parameter.grad, rtol=1e-3, atol=1e-4), name
+
+
+def test_attention_that_is_not_plain_stays_as_it_is():
+    from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+
+    kinds = {"norm_num_groups": 4, "qk_norm": "layer_norm", "residual_connection": True, "rescale_output_factor": 2.0}
+    layers = [Attention(8, heads=2, dim_head=4, **{name: value}) for name, value in kinds.items()]
+    layers.append(Attention(8, heads=2, dim_head=4, kv_heads=1))
+    for layer in layers:
+        hasten(layer)
+        assert type(layer.processor) is AttnProcessor2_0
+    hasten(plain := Attention(8, heads=2, dim_head=4))
+    assert type(plain.processor) is not AttnProcessor2_0
 
 
 def test_blocks_begin_as_the_identity():

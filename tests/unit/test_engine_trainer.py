@@ -151,6 +151,21 @@ def test_repeats_see_fresh_pictures_and_count_them(tmp_path: Path) -> None:
         assert got == pytest.approx(images.sum(1).tolist(), rel=1e-5)
 
 
+def test_what_draws_shares_its_weights(tmp_path: Path) -> None:
+    """They may be most of the memory: those of the average asked for, and the live ones of what is not averaged."""
+    averages = [{"sigma_rel": 0.05}, {"sigma_rel": 0.2}]
+    made = steps(trainer(tmp_path, averages=averages), 5)
+    for name in ("power-0.200", "power-0.050", "power-0.200"):
+        twin = made.inference_twin(name)
+        own, kept = dict(twin.named_parameters()), made.averages[name].state_dict()
+        assert kept and all(own[key].data_ptr() == tensor.data_ptr() for key, tensor in kept.items())
+        assert not any(parameter.requires_grad for parameter in own.values()) and not twin.training
+    drawn = twin.net.weight.clone()
+    assert not torch.equal(drawn, weights(made)) and made.family.net.weight.requires_grad
+    steps(made, 1)
+    assert not torch.equal(made.inference_twin("power-0.200").net.weight, drawn)
+
+
 def test_a_phase_freezes_what_it_does_not_train(tmp_path: Path) -> None:
     both = Linear((Phase("a", trains=("net",)), Phase("b", trains=("other",)), Phase("c", trains=("net", "other"))))
     made = steps(trainer(tmp_path, both), 2)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pretrained_folder import write_base
 
 import imagekiln
 from imagekiln.core import Batch, Condition, Progress, seeded_noise
@@ -21,38 +22,12 @@ from imagekiln.errors import ImagekilnError, RecipeError, UsageError
 from imagekiln.families.fine_tune import FineTune, FineTuneConfig
 from imagekiln.nets import pretrained
 from imagekiln.nets.adapters import LowRank
+from imagekiln.nets.pretrained import PIPELINES
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
-PIPELINES = {"sd1": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline"}
 KINDS = tuple(PIPELINES)
 METHODS = ("lora", "dora", "full", "word")
-
-
-def write_base(folder: Path, kind: str) -> Path:
-    """A tiny pretrained model of real classes, written as diffusers writes it."""
-    parts = pretrained.random_parts(kind)
-    torch.manual_seed(1)
-    parts["vae"] = diffusers.AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        latent_channels=4,
-        scaling_factor=0.5,
-        shift_factor=0.1 if kind == "sd3" else None,
-    )
-    if kind == "sd3":
-        parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-        parts |= {"text_encoder_3": None, "tokenizer_3": None}
-    else:
-        parts["scheduler"] = diffusers.DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
-        )
-    if kind == "sd1":
-        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    getattr(diffusers, PIPELINES[kind])(**parts).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +273,7 @@ def test_pickles_and_remote_code_are_refused(bases, tmp_path):
     folder = broken(bases["sd1"], tmp_path / "other", "model_index.json", json.dumps(index))
     with pytest.raises(RecipeError, match="MyEncoder"):
         pretrained.Pretrained(str(folder))
-    with pytest.raises(RecipeError, match="from_single_file"):
+    with pytest.raises(RecipeError, match="one file"):
         pretrained.Pretrained(str(folder / "model_index.json"))
 
 
