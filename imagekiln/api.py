@@ -22,7 +22,7 @@ import torch
 
 from imagekiln import data as datasets
 from imagekiln import optim
-from imagekiln.config import DataConfig, Recipe, merge, override, parse, read_toml, write_toml
+from imagekiln.config import DataConfig, Recipe, merge, override, parse, write_toml
 from imagekiln.engine import compare as comparing
 from imagekiln.engine import device, pictures, plan, sheets, starting
 from imagekiln.engine import evaluate as evaluation
@@ -31,8 +31,9 @@ from imagekiln.engine import propagate as propagating
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine import show as showing
 from imagekiln.engine.codec import Codec, Coder
+from imagekiln.engine.continuing import continued
 from imagekiln.engine.inputs import begin, companion_hashes
-from imagekiln.engine.models import open_model
+from imagekiln.engine.models import guide_by, open_model
 from imagekiln.engine.run import Run, disk_faults
 from imagekiln.engine.tracker import Several, Silent, TensorBoard
 from imagekiln.engine.trainer import Trainer
@@ -41,20 +42,6 @@ from imagekiln.report import prepared as prepared_page
 
 Report = Callable[[int, int], None]
 """Told (done, total) now and then during long work."""
-
-FREE_TO_CHANGE = {
-    "total_kimg",
-    "checkpoint_kimg",
-    "preview_kimg",
-    "validate_kimg",
-    "keep",
-    "patience",
-    "choose",
-    "device",
-    "tensorboard",
-    "compile",
-}
-"""Settings of `train` that may differ when a run is continued."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +160,7 @@ def train(
         again = run.exists()
         wanted = _with_codec(wanted, run, listener)
         if again:
-            wanted = _continued(run, wanted, dataset, minutes)
+            wanted = continued(run, wanted, dataset, minutes)
         else:
             if minutes is not None:
                 wanted, rate = plan.within(wanted, dataset, minutes)
@@ -256,6 +243,7 @@ def generate(
     prompt: str | Sequence[str] = (),
     start: str | Path | None = None,
     mask: str | Path | None = None,
+    guide: str | Path | None = None,
     seed: int = 0,
     batch: int = 64,
     nimg: int | None = None,
@@ -273,11 +261,12 @@ def generate(
 
     Picture i depends on (weights, seed, i, label or prompt) alone. Without a label the classes take turns.
     grid: `plain`, or `class` for a row a class with its name.
-    interpolate: frames from each picture to the next in `walk.png`, an animated PNG that goes through all of them and
-        back to the first, `fps` frames a second; `strip.png` has the frames in one row.
+    interpolate: frames from each picture to the next in `walk.png`, an animated PNG through all of them and back, `fps`
+        frames a second; `strip.png` has the frames in one row.
     mix: draw so many more pictures, and `mix.png`, where rows have the coarse styles of the `n` and columns the fine
         ones of these; the first `crossover` places take the coarse one (half of them if None).
     start: a picture that drawing begins with, of which `strength` is drawn anew; mask: another, black where it stays.
+    guide: run or weights file of a weaker model of the same family, which `guidance` then turns away from.
     options: what the family offers, for example `steps=25, guidance=1.5` for diffusion, `truncation=0.7` for styles.
 
     Raises:
@@ -292,6 +281,7 @@ def generate(
     if not model.family.draws:
         raise UsageError(f"{run.path} holds a {model.family.config.name}, which judges pictures and draws none.")
     chosen = generation.options_for(model.family, options)
+    guide_by(model, guide, chosen)
     beginning = starting.begun(model, start, mask, chosen)
     wished = model.wishes(n + mix, label, [prompt] if isinstance(prompt, str) else prompt)
     wanted.require(model, wished, beginning is not None)
@@ -314,6 +304,7 @@ def evaluate(
     features: str | None = None,
     metrics: str | None = None,
     seed: int | None = None,
+    guide: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
     **options: Any,
 ) -> list[Any]:
@@ -321,6 +312,7 @@ def evaluate(
 
     features: a space of features or several with commas between them, see `imagekiln.engine.bench.Bench`.
     metrics: `default`, `all`, or names with commas between them.
+    guide, options: as `generate` takes them.
 
     Returns `imagekiln.metrics.Measurement`s, each with interval, real-versus-real floor and provenance; a run keeps
     them in its folder.
@@ -329,7 +321,7 @@ def evaluate(
         UsageError: a folder was given without `data`, or there are no such features or metrics.
         DataError: too few pictures.
     """
-    asked = {"n": n, "features": features, "metrics": metrics, "seed": seed}
+    asked = {"n": n, "features": features, "metrics": metrics, "seed": seed, "guide": guide}
     return evaluation.evaluate(subject, data, **asked, say=progress, options=options)  # type: ignore[arg-type]
 
 
@@ -398,53 +390,6 @@ def _load_data(recipe: Recipe, listener: Any, progress: Report | None) -> datase
     for notice in dataset.notices:
         listener.say(notice)
     return dataset
-
-
-def _continued(run: Run, wanted: Recipe, dataset: datasets.Dataset, minutes: float | None) -> Recipe:
-    """The recipe to continue with: the run's own, with the few settings that may change.
-
-    Raises:
-        UsageError: the pictures or any other setting differ from what the run was made with.
-    """
-    stored = recipes.complete(read_toml(run.recipe_path))
-    trained_on = run.meta().get("data_fingerprint")
-    if trained_on != dataset.fingerprint:
-        raise UsageError(
-            f"The pictures differ from those {run.path} was trained on ({trained_on} -> {dataset.fingerprint}). "
-            "Give the same --data, or another --out for a new run."
-        )
-    if changed := sorted(dict(run.meta().get("companions", {}).items() ^ companion_hashes(wanted).items())):
-        raise UsageError(
-            f"{changed[0]}: what it names is not what it was when {run.path} was started. Name that again, or "
-            "give another --out for a new run."
-        )
-    if minutes is not None:
-        wanted = wanted.model_copy(
-            update={"train": wanted.train.model_copy(update={"total_kimg": stored.train.total_kimg})}
-        )
-    old, new = stored.model_dump(mode="json"), wanted.model_dump(mode="json")
-    for section in (old, new):
-        section["data"].pop("path")
-        if run.codec_path.is_file():
-            section["data"].pop("codec")  # the run has its own
-        section.pop("eval")
-        for key in FREE_TO_CHANGE:
-            section["train"].pop(key)
-    for key, before, after in _differences(old, new):
-        raise UsageError(
-            f"{run.path} was started with {key} = {before!r}, not {after!r}. "
-            "Give the same settings to continue it, or another --out for a new run."
-        )
-    run.write_recipe(write_toml(wanted))
-    return wanted
-
-
-def _differences(old: Any, new: Any, key: str = "") -> Iterable[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in sorted({*old, *new}):
-            yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
-    elif old != new:
-        yield key, old, new
 
 
 def _meta(recipe: Recipe, dataset: datasets.Dataset) -> dict[str, Any]:

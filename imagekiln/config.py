@@ -163,6 +163,7 @@ class TrainConfig(Section):
     preview_kimg: float = Field(0.0, ge=0, description="0 = a sixteenth of the run")
     validate_kimg: float = Field(0.0, ge=0, description="0 = a sixteenth of the run")
     keep: int = Field(2, ge=2, description="checkpoints kept besides the best")
+    keep_kimg: tuple[float, ...] = Field((), description="moments whose weights are kept beside the best and the last")
     choose: Literal["best", "last"] = Field(
         "best", description="moment to draw with: best on held-out pictures, or last"
     )

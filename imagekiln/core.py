@@ -157,6 +157,9 @@ class Family(nn.Module, ABC):
     latents: ClassVar[bool] = False
     """Whether it can learn a codec's latents: they are not bounded as pictures are, so neither is what it draws."""
 
+    guidable: ClassVar[bool] = False
+    """Whether `sample` turns away from what `guide` would draw, where there is one."""
+
     phases: Sequence[Phase]
     averaged: Sequence[str]
     """Names of the sub-modules that sampling uses: the ones the moving averages follow."""
@@ -168,6 +171,8 @@ class Family(nn.Module, ABC):
         self.num_classes = num_classes
         self.companion: dict[str, Family] = {}
         """The models of `companions`, frozen, by field; filled before training, and not part of this one's state."""
+        self.guide: Any = None
+        """A weaker model of the same family that guides what this one draws; set before drawing."""
         self.codec: Codec | None = None
         """What stands between pictures and what this family learns and draws; None where these are pictures."""
 

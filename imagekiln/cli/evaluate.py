@@ -29,6 +29,9 @@ def evaluate(
     steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps (diffusion).")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", help="1 = none (diffusion with labels).")] = None,
     sampler: Annotated[str | None, typer.Option("--sampler", help="dpmpp_2m, heun, euler or ddim.")] = None,
+    guide: Annotated[
+        Path | None, typer.Option("--guide", help="Run or weights of a weaker model, for --guidance to turn away from.")
+    ] = None,
     options: Annotated[list[str] | None, typer.Option("--option", help="Another one, as name=value.")] = None,
     table: Annotated[str, typer.Option("--table", help="text, csv, markdown or latex.")] = "text",
     stability: Annotated[
@@ -48,14 +51,14 @@ def evaluate(
         **override({}, options or []),
     }
     if stability:
-        given = [name for name, value in drawing.items() if value is not None]
+        given = [name for name, value in {**drawing, "guide": guide}.items() if value is not None]
         if given:
             raise UsageError(f"--stability measures runs as they are drawn from by default; leave --{given[0]} out.")
         _stability(subjects, data, n, features, seed, out or Path("stability.html"), as_json)
     elif len(subjects) > 1:
         raise UsageError("evaluate measures one run or folder; give --stability to look at several runs together.")
     else:
-        asked = {"n": n, "features": features, "metrics": metrics, "seed": seed}
+        asked = {"n": n, "features": features, "metrics": metrics, "seed": seed, "guide": guide}
         _one(subjects[0], data, asked, drawing, table, as_json)
 
 

@@ -27,6 +27,9 @@ StrengthOption = Annotated[
     float | None, typer.Option("--strength", help="How much of --start is drawn anew, 0 to 1 [default: 1].")
 ]
 MaskOption = Annotated[Path | None, typer.Option("--mask", help="White: drawn anew; black: --start stays.")]
+GuideOption = Annotated[
+    Path | None, typer.Option("--guide", help="Run or weights of a weaker model, for --guidance to turn away from.")
+]
 WalkOption = Annotated[
     int,
     typer.Option("--interpolate", metavar="FRAMES", help="Walk through the pictures, FRAMES from each to the next."),
@@ -52,6 +55,7 @@ def generate(
     start: StartOption = None,
     strength: StrengthOption = None,
     mask: MaskOption = None,
+    guide: GuideOption = None,
     truncation: TruncationOption = None,
     grid: Annotated[str, typer.Option("--grid", help="plain, or class: a row a class with its name.")] = "plain",
     interpolate: WalkOption = 0,
@@ -66,10 +70,7 @@ def generate(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Draw pictures: OUT/000000.png ... at the model's own size, and OUT/grid.png.
-
-    With --interpolate also OUT/walk.png and OUT/strip.png, with --mix OUT/mix.png.
-    """
+    """Draw pictures: OUT/000000.png ... and OUT/grid.png; walk.png and strip.png, or mix.png, where they are asked for."""
     from imagekiln import api
     from imagekiln.config import override
 
@@ -82,6 +83,7 @@ def generate(
         prompt=prompt or (),
         start=start,
         mask=mask,
+        guide=guide,
         seed=seed,
         batch=batch,
         nimg=nimg,

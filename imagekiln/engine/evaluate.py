@@ -18,7 +18,7 @@ from imagekiln.engine import recipe as recipes
 from imagekiln.engine.bench import BATCH, Bench
 from imagekiln.engine.generate import draw, invents, options_for, reconstructed
 from imagekiln.engine.inputs import in_words
-from imagekiln.engine.models import Model, hash_of, open_model
+from imagekiln.engine.models import Model, guide_by, hash_of, open_model
 from imagekiln.engine.run import Run
 from imagekiln.engine.tracker import Say
 from imagekiln.errors import UsageError
@@ -34,6 +34,7 @@ def evaluate(
     features: str | None = None,
     metrics: str | None = None,
     seed: int | None = None,
+    guide: str | Path | None = None,
     say: Say | None = None,
     options: dict[str, Any] | None = None,
 ) -> list[Measurement]:
@@ -41,7 +42,7 @@ def evaluate(
     say = say or (lambda sentence: None)
     run = subject if isinstance(subject, Run) else Run(Path(subject))
     if run.exists():
-        return _evaluate_run(run, data, n, features, metrics, seed, say, options or {})
+        return _evaluate_run(run, data, n, features, metrics, seed, guide, say, options or {})
     if data is None:
         raise UsageError(f"{subject} is no run folder. To measure a folder of pictures, name real ones with --data.")
     return _evaluate_folder(run.path, data, n, features, metrics, seed or 0, say)
@@ -54,6 +55,7 @@ def _evaluate_run(
     features: str | None,
     metrics: str | None,
     seed: int | None,
+    guide: str | Path | None,
     say: Say,
     options: dict[str, Any],
 ) -> list[Measurement]:
@@ -78,14 +80,16 @@ def _evaluate_run(
         say(f"Drawing {count} pictures.")
         labels = bench.labels(count)
         seeds = [mix(seed, "evaluate", index) for index in range(count)]
+        chosen = options_for(model.family, options)
+        guide_by(model, guide, chosen)
         with model.precision():
             wanted = in_words(model.family, dataset.validation, labels)
-            images = draw(model.family, seeds, wanted, options_for(model.family, options), BATCH)
+            images = draw(model.family, seeds, wanted, chosen, BATCH)
         rows += bench.measure(images, labels)
         rows += _reconstruction(model, dataset.validation, bench.provenance("pixels"))
         pictures.write(_neighbour_sheet(bench, images), run.picture_path("neighbours"))
     for row in rows:
-        given = {key: value for key, value in options.items() if value is not None}
+        given = {key: value for key, value in {**options, "guide": guide and str(guide)}.items() if value is not None}
         run.append_measurement(json.loads(row.to_json()) | {"options": given, "unix_sec": round(time.time())})
     return rows
 

@@ -132,6 +132,44 @@ def open_model(run: Run, nimg: int | None = None, average: str | None = None, de
     return load_model(run.weights(nimg, average), device)
 
 
+def guide_by(model: Model, path: str | Path | None, options: Any) -> None:
+    """Let a weaker model guide what this one draws: autoguidance (Karras et al. 2024, arXiv:2406.02507).
+
+    path: of the weaker one's run, or of a weights file such as an early one of this run; None = of none. options: how
+    pictures are drawn.
+
+    Raises:
+        UsageError: the two are not of one family, or do not draw the same kind of pictures; the options say not to.
+    """
+    if path is None:
+        return
+    where = f"--guide {path}"
+    file = Path(path).expanduser()
+    other = load_model(file if file.is_file() else Run.open(file).weights(), str(model.device)).family
+    family = model.family
+    if not family.guidable or type(other) is not type(family):
+        raise UsageError(
+            f"{where} holds a {other.config.name}, and this is a {family.config.name}. A diffusion model is guided by "
+            "another of its family: a smaller one, or one that trained for less."
+        )
+    words = [*model.prompts, ""]
+    read, others = family.read(words), other.read(words)
+    alike = [_drawn(family) == _drawn(other), (read is None) == (others is None)]
+    if not all(alike) or (read is not None and others is not None and not torch.equal(read, others)):
+        raise UsageError(
+            f"{where} was trained on other pictures, classes, captions or latents. Give a model of the same data."
+        )
+    if options.guidance == 1:
+        raise UsageError(f"{where}: a guidance of 1 is none. Give --guidance, for example 2.")
+    family.guide = other
+
+
+def _drawn(family: Family) -> tuple[Any, ...]:
+    """What two models must have in common to answer the same question."""
+    codec: Any = family.codec
+    return family.image_shape, family.num_classes, codec and (codec.fingerprint, codec.shift, codec.scale)
+
+
 # -- codecs -----------------------------------------------------------------------------------------------------------
 
 

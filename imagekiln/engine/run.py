@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -312,10 +312,12 @@ class Run:
             )
         return (named or stem)[0]
 
-    def prune_weights(self, kept_nimg: set[int]) -> None:
-        """Delete weights of all other moments."""
-        for file in (self.path / "weights").glob("[0-9]*.safetensors"):
-            if int(file.stem.split("-", 1)[0]) not in kept_nimg:
+    def prune_weights(self, kept_nimg: set[int], since: Sequence[int] = ()) -> None:
+        """Delete weights of all other moments, but the first ones after so many images."""
+        files = {file: int(file.stem.split("-", 1)[0]) for file in (self.path / "weights").glob("[0-9]*.safetensors")}
+        firsts = {min((nimg for nimg in files.values() if nimg >= moment), default=-1) for moment in since}
+        for file, nimg in files.items():
+            if nimg not in kept_nimg | firsts:
                 file.unlink()
 
 

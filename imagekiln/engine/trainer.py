@@ -425,7 +425,7 @@ class Trainer:
             prompts = examples(self.family, self.validation.source)
             save_weights(self.run.weights_path(self.state.nimg, name), tensors, self.recipe, self.train_source, prompts)
         kept = {self.state.nimg} | ({self.state.best_nimg} if self.state.best_nimg is not None else set())
-        self.run.prune_weights(kept)
+        self.run.prune_weights(kept, [round(1000 * kimg) for kimg in self.config.keep_kimg])
         self._status("training")
 
     # -- small parts --------------------------------------------------------------------------------------------------

@@ -70,6 +70,7 @@ class Diffusion(Family):
         "heads": {"name": "adam", "lr": 1e-3, "betas": (0.0, 0.99)},
     }
     companions = ("teacher",)
+    guidable = True
     latents = True
     monitor = "denoise"
     phases: Sequence[Phase] = (Phase("denoise", trains=("unet",)),)
@@ -146,6 +147,8 @@ class Diffusion(Family):
         labels_B = self._labels(condition.labels, len(noise), noise.device)
         null_B = None if labels_B is None else torch.full_like(labels_B, self.num_classes)
         weaker = None if null_B is None else self._denoiser(null_B)
+        if self.guide is not None:
+            weaker = self.guide._denoiser(labels_B)
         told = self._denoiser(labels_B)
         grid = self.config.distillation.grid(options.steps) if self.config.teacher else None
         return draw(noise, self.path, options, told, weaker, grid=grid, start=condition.start, keep=condition.keep)

@@ -78,6 +78,7 @@ class StableDiffusion(Family):
         "heads": {"name": "adam", "lr": 1e-3, "betas": (0.0, 0.99)},
     }
     companions = ("teacher",)
+    guidable = True
     check_settings = {
         "depth": 1,
         "text": {"width": 32, "layers": 2, "context": 8, "vocabulary": 520},
@@ -140,9 +141,12 @@ class StableDiffusion(Family):
     @torch.no_grad()
     def sample(self, noise: Tensor, condition: Condition, options: Options | None = None) -> Tensor:
         options = options or self.config.sample
-        told = self._denoiser(self._tokens(condition.text, len(noise)))
+        tokens_BL = self._tokens(condition.text, len(noise))
+        told = self._denoiser(tokens_BL)
         negative_BL = self.read([options.negative_prompt]).to(noise.device).expand(len(noise), -1)
         weaker = self._denoiser(negative_BL) if options.guidance != 1 else None
+        if self.guide is not None:
+            weaker = self.guide._denoiser(tokens_BL)
         grid = self.config.distillation.grid(options.steps) if self.config.teacher else None
         begin = {"start": condition.start, "keep": condition.keep}
         return draw(noise, self.path, options, told, weaker, options.guidance_rescale, grid, **begin)
