@@ -70,7 +70,7 @@ def generate(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Draw pictures: OUT/000000.png ... and OUT/grid.png; walk.png and strip.png, or mix.png, where they are asked for."""
+    """Draw pictures: OUT/000000.png ... and OUT/grid.png; walk.png, strip.png and mix.png where they are asked for."""
     from imagekiln import api
     from imagekiln.config import override
 
