@@ -26,9 +26,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from imagekiln.config import FamilyConfig, Fraction, Section
+from imagekiln.config import AugmentConfig, FamilyConfig, Fraction, Section
 from imagekiln.core import Batch, Condition, Family, Loss, Phase, Progress
 from imagekiln.nets.adversarial import cross_entropy_critic, non_saturating_generator, zero_centred_penalty
+from imagekiln.nets.augmentation import Augmentation
 from imagekiln.nets.pggan import Discriminator, enlarged, level_at, shrunk
 from imagekiln.nets.stylegan1 import Generator
 
@@ -54,6 +55,7 @@ class StyleGan1Config(FamilyConfig):
     grow_from: int = Field(8, ge=4, description="height in pixels to begin with; the picture's own = no growing")
     growing_fraction: Fraction = Field(0.5, description="share of the run until all layers are in use")
     fade_fraction: Fraction = Field(0.5, description="share of a stage's time in which the next one is faded in")
+    augment: AugmentConfig = AugmentConfig()
     sample: Options = Options()
 
 
@@ -80,19 +82,25 @@ class StyleGan1(Family):
         self.discriminator = Discriminator(
             *widths, num_classes, config.grow_from, stddev_group=config.stddev_group, blur=True
         )
+        self.augment = Augmentation(config.augment, image_shape[0])
         self.register_buffer("gamma", torch.tensor(config.gamma))
 
     def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
         labels, level = batch.labels, self.level(progress)
         if phase == "generator":
-            fake = self._fakes(batch, level, track=self.training)
+            fake = self.augment(self._fakes(batch, level, track=self.training))
             return Loss(non_saturating_generator(self.discriminator(fake, labels, level=level).float()))
         real = shrunk(batch.images, level, self.generator.plan.last)
         with torch.no_grad():
             fake = self._fakes(batch, level)
+
+        def judged(images: Tensor) -> Tensor:
+            return self.discriminator(self.augment(images), labels, level=level)
+
         # one by one, so that the minibatch deviation compares real pictures with real ones
-        on_real, on_fake = (self.discriminator(images, labels, level=level).float() for images in (real, fake))
-        penalty = zero_centred_penalty(lambda images: self.discriminator(images, labels, level=level), real)
+        on_real, on_fake = judged(real).float(), judged(fake).float()
+        self.augment.observe(on_real)
+        penalty = zero_centred_penalty(judged, real)
         parts = {"on_real": on_real.mean(), "on_fake": on_fake.mean(), "penalty": penalty}
         return Loss(cross_entropy_critic(on_real, on_fake) + self.gamma / 2 * penalty, parts)
 
@@ -118,9 +126,10 @@ class StyleGan1(Family):
         return (self.generator.noise_size,)
 
     def dials(self) -> Mapping[str, Tensor]:
-        return {"gamma": self.gamma}
+        return {"gamma": self.gamma, **self.augment.dials()}
 
     def after_step(self, progress: Progress) -> None:
+        self.augment.adapt(progress.fraction)
         self.generator.level.fill_(self.level(progress))
 
     def level(self, progress: Progress) -> float:

@@ -20,7 +20,7 @@ from imagekiln.nets import augmentation as aug
 from imagekiln.nets.adversarial import zero_centred_penalty
 from imagekiln.nets.augmentation import Augmentation
 
-FAMILIES = ["dcgan", "cgan", "sngan", "biggan", "stylegan2", "r3gan"]
+FAMILIES = ["dcgan", "cgan", "sngan", "biggan", "stylegan1", "stylegan2", "r3gan"]
 EVERYTHING = {"ada": "blit,geometry,color,noise,cutout", "diffaugment": ""}
 
 
@@ -423,7 +423,7 @@ def test_ada_is_observed_and_adapted_by_training(name):
     assert float(family.dials()["augment_p"]) == pytest.approx((aug.INTERVAL_NIMG + 6) / 1000)
 
 
-DIALS = {"wgan_gp": {"penalty_weight"}, "stylegan2": {"gamma"}, "r3gan": {"gamma"}}
+DIALS = {"wgan_gp": {"penalty_weight"}, "stylegan1": {"gamma"}, "stylegan2": {"gamma"}, "r3gan": {"gamma"}}
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "wgan_gp"])
