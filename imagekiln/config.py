@@ -117,9 +117,9 @@ class LangevinConfig(Section):
 class OptimizerConfig(Section):
     """One optimizer; the section's key names the modules it trains."""
 
-    name: Literal["adamw", "adam", "sgd", "rmsprop"] = "adamw"
+    name: Literal["adamw", "adamw_8bit", "adam", "sgd", "rmsprop"] = "adamw"
     lr: float = Field(1e-3, gt=0, le=10, description="peak learning rate per step")
-    betas: tuple[float, float] = Field((0.9, 0.99), description="decay of the moments (adam, adamw)")
+    betas: tuple[float, float] = Field((0.9, 0.99), description="decay of the moments (adam, adamw, adamw_8bit)")
     beta2_start: float = Field(
         0.0, ge=0, lt=1, description="second beta at the start of the run, from where it rises; 0 = constant"
     )

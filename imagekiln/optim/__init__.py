@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from imagekiln.optim.adamw_8bit import AdamW8bit
 from imagekiln.optim.adaptive_samplers import PSGLD, SGNHT
 from imagekiln.optim.auto import BudgetControl, auto
 from imagekiln.optim.bank import SampleBank
@@ -20,6 +21,7 @@ __all__ = [
     "SGHMC",
     "SGLD",
     "SGNHT",
+    "AdamW8bit",
     "Average",
     "BudgetControl",
     "LeimkuhlerMatthews",
