@@ -58,7 +58,14 @@ GOAL = 1.15
 PER_CLASS, ON_A_SHEET, IN_A_ROW = 10, 100, 16
 """Pictures of a class on a sheet, of a sheet without classes, and of a family among all."""
 
-COLUMNS = {"frechet": "FD", "precision": "prec", "recall": "recall", "coverage": "cover", "label_accuracy": "label"}
+COLUMNS = {
+    "frechet": "FD",
+    "precision": "prec",
+    "recall": "recall",
+    "coverage": "cover",
+    "spectrum": "dB",
+    "label_accuracy": "label",
+}
 """Metrics of the table."""
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -167,6 +168,50 @@ def _shown_power(record: Mapping[str, Any]) -> str:
     return f"{table(('fault', *measures), rows)}\n\n{origin} {' '.join(record['notes'])}"
 
 
+LEAGUE = {
+    "frechet": "FD",
+    "precision": "precision",
+    "recall": "recall",
+    "coverage": "coverage",
+    "spectrum": "spectrum, dB",
+    "label_accuracy": "label",
+}
+"""Measures of a league's table."""
+
+
+def league(folder: Path = ROOT / "records") -> str:
+    """Families best first, of the newest record of every name `gan-league...`: means over the seeds."""
+    newest = _newest(folder)
+    shown = [_shown_league(newest[name]) for name in sorted(newest) if name.startswith("gan-league")]
+    return "\n\n".join(shown) or NO_RECORDS
+
+
+def _shown_league(record: Mapping[str, Any]) -> str:
+    rows = []
+    for family, by_seed in record["facts"]["runs"].items():
+        runs = list(by_seed.values())
+        measured = [{row["metric"]: row["value"] for row in run["rows"]} for run in runs]
+        moments = [run["moments"] for run in runs if "moments" in run]
+        ends = [found[max(found, key=int)] / min(found.values()) for found in moments]
+        means = {name: _mean([one[name] for one in measured if name in one]) for name in LEAGUE}
+        minutes = _mean([min(run["seconds"].values()) / 60 for run in runs])  # the processor's where they are known
+        seen = (_mean([run[what] for run in runs]) for what in ("kimg", "images_per_sec"))
+        about = (_million(runs[0]), round(minutes or 0, 1), *seen)
+        last = (f"{max(ends):.2f}" if ends else "", str(len(runs)))
+        rows.append((means["frechet"], (f"`{family}`", *map(_number, about), *map(_number, means.values()), *last)))
+    head = ("family", "million", "minutes", "kimg", "images/s", *LEAGUE.values(), "end / best", "seeds")
+    origin = f"`{record['command']}`, {record['date'][:10]}, {_hardware(record.get('hardware'))}."
+    return f"{table(head, [cells for _, cells in sorted(rows)])}\n\n{origin} {' '.join(record['notes'])}"
+
+
+def _million(run: Mapping[str, Any]) -> float:
+    return round(run["parameters"]["draws"] / 1e6, 2)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
 # -- the code ---------------------------------------------------------------------------------------------------------
 
 
@@ -267,6 +312,7 @@ PARTS = {
     "exits": exit_codes,
     "settings": settings,
     "power": power,
+    "league": league,
 }
 
 if __name__ == "__main__":
