@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--seeds", type=int, default=5, help="runs of each planting (5)")
+    arguments.add_argument("--first-seed", type=int, default=0, help="of all runs: not those it was tuned on (0)")
     arguments.add_argument("--healthy", type=int, default=20, help="runs without a planting (20)")
     arguments.add_argument("--only", default="", help="plantings whose name holds this text (all)")
     arguments.add_argument("--acts", type=int, default=5, help="collapses to be healed (5)")
@@ -481,7 +482,7 @@ def name_them(options: argparse.Namespace) -> tuple[list[Row], bool]:
     for case in CASES:
         if options.only not in case.name:
             continue
-        found = [outcome(case, seed) for seed in range(options.seeds)]
+        found = [outcome(case, options.first_seed + number) for number in range(options.seeds)]
         after = [one.named(case.name) for one in found]
         good = sum(share is not None and share <= DEADLINE for share in after)
         hidden = sum(one.showed is None for one in found)
@@ -511,10 +512,11 @@ def leave_alone(options: argparse.Namespace) -> tuple[list[Row], bool]:
     alarms = []
     for number in range(options.healthy):
         case = HEALTHY[number % len(HEALTHY)]
-        one = outcome(case, 100 + number)
+        seed = options.first_seed + 100 + number
+        one = outcome(case, seed)
         alarms.append(float(bool(one.told)))
         if one.told:
-            print(f"  false alarm, {case.family}, labels {case.labelled}, seed {100 + number}: {one.told}", flush=True)
+            print(f"  false alarm, {case.family}, labels {case.labelled}, seed {seed}: {one.told}", flush=True)
     if not alarms:
         return [], True
     share, (low, high) = sum(alarms) / len(alarms), wilson(int(sum(alarms)), len(alarms))
@@ -528,7 +530,8 @@ def leave_alone(options: argparse.Namespace) -> tuple[list[Row], bool]:
 def heal(options: argparse.Namespace) -> tuple[list[Row], bool]:
     """Do planted collapses end close to the healthy run when the doctor may act?"""
     ratios: dict[str, list[float]] = {"watch": [], "act": []}
-    for seed in range(options.acts):
+    seeds = range(options.first_seed, options.first_seed + options.acts)
+    for seed in seeds:
         healthy = outcome(Case("", "game"), seed).distance
         for doctor, kept in ratios.items():
             more = {"doctor": doctor, "validate_kimg": KIMG["game"] / 16}
@@ -539,9 +542,7 @@ def heal(options: argparse.Namespace) -> tuple[list[Row], bool]:
     for doctor, kept in ratios.items():
         shown = " ".join(f"{ratio:.2f}" for ratio in kept)
         print(f"{doctor:<5} {healed[doctor]} of {len(kept)} within {RATIO} of the healthy run: {shown}", flush=True)
-    rows = [
-        Row.of(f"distance over the healthy run's, {d}", kept, "ratio", range(len(kept))) for d, kept in ratios.items()
-    ]
+    rows = [Row.of(f"distance over the healthy run's, {d}", kept, "ratio", seeds) for d, kept in ratios.items()]
     return rows, healed["act"] / options.acts >= HEALED
 
 
