@@ -78,6 +78,7 @@ class DataConfig(Section):
     tags_kept: int = Field(1, ge=0, description="the first so many parts stay, and stay first")
     word_dropout: Fraction = Field(0.0, description="share of a caption's words left out in training")
     wordings: tuple[str, ...] = Field((), description="texts with {caption}; training puts captions into one at random")
+    fillers: Fraction = Field(0.0, description="share of captions among words without meaning in training")
 
 
 class FamilyConfig(Section):

@@ -24,6 +24,9 @@ MAX_CAPTION = 10_000
 """Characters."""
 
 COMMAS = re.compile("[,\uff0c\u3001\u060c\ufe50\ufe51]")
+CONSONANTS, VOWELS = "bdfghjklmnprstvwz", "aeiou"
+MOST_BEFORE, MOST_BEHIND = 4, 2
+"""Words without meaning around a caption."""
 """Commas of Latin, Chinese, Japanese and Arabic text."""
 
 _MOST_BYTES = 8 * MAX_CAPTION
@@ -128,21 +131,52 @@ def varied(text: str, seed: int, position: int, *, dropout: float = 0.0, shuffle
     return ", ".join([*found[:keep], *(tag for _, tag in rest)])
 
 
-def reworded(text: str, seed: int, position: int, *, dropout: float = 0.0, wordings: Sequence[str] = ()) -> str:
-    """A caption with some of its words left out and put into a wording, as (seed, position) say.
+def reworded(
+    text: str,
+    seed: int,
+    position: int,
+    *,
+    dropout: float = 0.0,
+    wordings: Sequence[str] = (),
+    fillers: float = 0.0,
+) -> str:
+    """A caption with some of its words left out, put into a wording and among others, as (seed, position) say.
 
     dropout: probability of leaving out a word; where none would be left, all stay. wordings: texts in which {caption}
-    stands for the caption; one of them is taken, or the caption as it is, each as often. An empty caption stays empty.
+    stands for the caption; one of them is taken, or the caption as it is, each as often. fillers: probability of words
+    that mean nothing, up to 4 of them in front and 2 behind. An empty caption stays empty.
 
     >>> reworded("a small red cat", 0, 3, dropout=0.4, wordings=("a picture of {caption}",))
     'a picture of red cat'
+    >>> reworded("a small red cat", 0, 1, fillers=1.0)
+    'a small red cat pumi tufa'
     """
     words = text.split()
     if dropout:
         words = [w for i, w in enumerate(words) if mix(seed, "word dropout", position, i) >= dropout * 2.0**63] or words
     kept = " ".join(words)
+    if not kept:
+        return ""
     chosen = ("{caption}", *wordings)[mix(seed, "wording", position) % (1 + len(wordings))]
-    return chosen.replace("{caption}", kept) if kept else ""
+    told = chosen.replace("{caption}", kept)
+    if mix(seed, "fillers", position) >= fillers * 2.0**63:
+        return told
+    before, behind = (
+        mix(seed, "before", position) % (MOST_BEFORE + 1),
+        mix(seed, "behind", position) % (MOST_BEHIND + 1),
+    )
+    around = [_filler(seed, position, place) for place in range(before + behind)]
+    return " ".join([*around[:before], told, *around[before:]])
+
+
+def _filler(seed: int, position: int, place: int) -> str:
+    """A word of one or two syllables that is no word."""
+    drawn, syllables = mix(seed, "filler", position, place), []
+    for _ in range(1 + drawn % 2):
+        drawn, consonant = divmod(drawn // 2, len(CONSONANTS))
+        drawn, vowel = divmod(drawn, len(VOWELS))
+        syllables.append(CONSONANTS[consonant] + VOWELS[vowel])
+    return "".join(syllables)
 
 
 # -- captions of somebody else's making -------------------------------------------------------------------------------

@@ -186,7 +186,8 @@ class Told:
     def text(self, indices: Sequence[int], seed: int, position: int) -> Tensor:
         """Captions of a batch that starts at `position` of a run, in the wordings that the recipe asks for."""
         data = self.data
-        if not (data.tag_dropout or data.tag_shuffle or data.word_dropout or data.wordings):
+        changes = (data.tag_dropout, data.tag_shuffle, data.word_dropout, data.wordings, data.fillers)
+        if not any(changes):
             return self._text_UX[torch.from_numpy(self._row_N[np.asarray(indices, np.int64)])]
         return read(self.family, [self._worded(self.captions[i], seed, position + at) for at, i in enumerate(indices)])
 
@@ -195,7 +196,8 @@ class Told:
         data = self.data
         dropout, shuffle, keep = data.tag_dropout, data.tag_shuffle, data.tags_kept
         told = varied(caption, seed, position, dropout=dropout, shuffle=shuffle, keep=keep)
-        return reworded(told, seed, position, dropout=data.word_dropout, wordings=data.wordings)
+        words = {"dropout": data.word_dropout, "fillers": data.fillers}
+        return reworded(told, seed, position, wordings=data.wordings, **words)
 
 
 def wishes(source: Any, rows: Sequence[int]) -> list[Wish]:

@@ -12,7 +12,18 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from imagekiln.data.captions import caption_with, clean, cleaned, from_template, reworded, shorten, tags, varied
+from imagekiln.data.captions import (
+    MOST_BEFORE,
+    MOST_BEHIND,
+    caption_with,
+    clean,
+    cleaned,
+    from_template,
+    reworded,
+    shorten,
+    tags,
+    varied,
+)
 from imagekiln.errors import UsageError
 
 texts = st.text(max_size=80)
@@ -245,3 +256,20 @@ def test_reworded_captions_keep_words_in_order_and_never_become_empty(text: str,
         left = iter(words)
         assert all(word in left for word in inner.split()), "a word that was not there, or another order"
         assert bool(told) == bool(words)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_fillers_stand_around_a_caption_and_mean_nothing(share: float) -> None:
+    """As many captions as asked for have some; none is a word of the caption, and all come and go with the position."""
+    text, around = "a small red cat, sofa", []
+    for position in range(400):
+        told = reworded(text, 5, position, fillers=share)
+        assert told == reworded(text, 5, position, fillers=share)
+        before, found, behind = told.partition(text)
+        assert found == text and len(before.split()) <= MOST_BEFORE and len(behind.split()) <= MOST_BEHIND
+        around += [word for word in (*before.split(), *behind.split())]
+        assert reworded("", 5, position, fillers=share) == ""
+    assert all(word.isalpha() and 2 <= len(word) <= 4 for word in around)
+    expected = 400 * share * (MOST_BEFORE + MOST_BEHIND) / 2
+    assert abs(len(around) - expected) <= 6 * (400 * share * (1 - share) + 400) ** 0.5 * (share > 0)
+    assert len(set(around)) >= len(around) // 3
