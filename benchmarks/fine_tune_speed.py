@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +131,8 @@ def build_peer(options: argparse.Namespace, base: Path, precision: str) -> tuple
     return loop.step, {"parameters": ours.parameters(loop.unet), "precision": said}
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run all rounds; returns facts by case, seconds by case and round, and peak bytes by case."""
+def measure(options: argparse.Namespace, folder: Path) -> pairs.Race:
+    """Run all rounds, with the model and the pictures in this folder."""
     base, pictures = folder / "base", folder / "pictures"
     write_base(base, options.shrink)
     write_pictures(pictures, options)
@@ -141,33 +141,15 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         PEER: pairs.Worker(build_peer, options, base, "no"),
         PEER_BF16: pairs.Worker(build_peer, options, base, "bf16"),
     }
-    for name, worker in workers.items():
-        print(f"{name:<16}{worker.facts['parameters']:>12,} parameters, {worker.facts['precision']}", flush=True)
-    images = options.steps * options.batch
-
-    def say(index: int, seconds: Mapping[str, float]) -> None:
-        rates = "   ".join(f"{name} {images / value:7.2f}" for name, value in seconds.items())
-        print(f"round {index + 1}, images/s:   {rates}", flush=True)
-
-    try:
-        seconds = pairs.interleave(workers, options.rounds, options.steps, options.warm_up, say)
-        peaks = {name: worker.peak_bytes() for name, worker in workers.items()}
-    finally:
-        for worker in workers.values():
-            worker.close()
-    cases = {name: worker.facts for name, worker in workers.items()}
-    return {"cases": cases, "images_a_round": images, "seconds": seconds, "peaks": peaks}
+    return pairs.race(workers, options.rounds, options.steps, options.warm_up, options.batch)
 
 
-def rows(found: Mapping[str, Any], options: argparse.Namespace) -> list[Row]:
+def rows(found: pairs.Race, steps: int) -> list[Row]:
     """What is measured as rows of a record."""
-    rates = {name: [found["images_a_round"] / value for value in found["seconds"][name]] for name in found["seconds"]}
-    result = [Row.median(f"{name}, training", rates[name], "images/s", options.steps) for name in rates]
+    result = [Row.median(f"{name}, training", found.rates(name), "images/s", steps) for name in found.seconds]
     for name in (PEER, PEER_BF16):
-        values = [mine / theirs for mine, theirs in zip(rates[OURS], rates[name], strict=True)]
-        result.append(Row.median(f"{OURS} / {name}", values, "times the images/s", options.steps))
-    result += [Row(f"{name}, peak memory", peak / 1e6, "MB") for name, peak in found["peaks"].items()]
-    return result
+        result.append(Row.median(f"{OURS} / {name}", found.quotients(OURS, name), "times the images/s", steps))
+    return [*result, *(Row(f"{name}, peak memory", peak / 1e6, "MB") for name, peak in found.peaks.items())]
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -176,7 +158,7 @@ def main(given: Sequence[str] | None = None) -> int:
     print(f"torch {versions()['torch']}, {hardware()['processor']}, load {hardware()['load_1min']}")
     with tempfile.TemporaryDirectory() as folder:
         found = measure(options, Path(folder))
-    table = rows(found, options)
+    table = rows(found, options.steps)
     for row in table:
         low, high = row.interval or (row.value, row.value)
         print(f"{row.what:<32}{row.value:>10.3f} {row.unit} ({low:.3f} .. {high:.3f})")
@@ -187,7 +169,7 @@ def main(given: Sequence[str] | None = None) -> int:
             f"Stable Diffusion 1.5 with widths divided by {options.shrink}, {options.size} px, batches of "
             f"{options.batch}. Latents and embeddings are computed once on our side, at every step by the example.",
         ]
-        print(write_record("fine-tune-speed", this_command(), table, notes=notes, cases=found["cases"]))
+        print(write_record("fine-tune-speed", this_command(), table, notes=notes, cases=found.facts))
     return 0
 
 

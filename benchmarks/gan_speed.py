@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ours
@@ -89,31 +90,17 @@ def main(given: Sequence[str] | None = None) -> int:
     options = parser().parse_args(given)
     print(f"torch {versions()['torch']}, {hardware()['processor']}, load {hardware()['load_1min']}")
     workers = {OURS: pairs.Worker(build_ours, options), PEER: pairs.Worker(build_peer, options)}
-    for name, worker in workers.items():
-        print(f"{name:<20}{worker.facts['parameters']:>12,} parameters, {worker.facts['precision']}", flush=True)
-    images = options.steps * options.batch
-
-    def say(index: int, seconds: Mapping[str, float]) -> None:
-        rates = "   ".join(f"{name} {images / value:7.1f}" for name, value in seconds.items())
-        print(f"round {index + 1}, images/s:   {rates}", flush=True)
-
-    try:
-        seconds = pairs.interleave(workers, options.rounds, options.steps, options.warm_up, say)
-    finally:
-        for worker in workers.values():
-            worker.close()
-    print(f"{OURS} / {PEER}: {pairs.ratio(seconds[PEER], seconds[OURS])} times the images/s (smallest .. largest)")
-    rates = {name: [images / value for value in seconds[name]] for name in seconds}
-    rows = [Row.median(f"{name}, training", rates[name], "images/s", options.steps) for name in rates]
-    quotients = [mine / theirs for mine, theirs in zip(rates[OURS], rates[PEER], strict=True)]
+    found = pairs.race(workers, options.rounds, options.steps, options.warm_up, options.batch)
+    quotients = found.quotients(OURS, PEER)
+    print(f"{OURS} / {PEER}: {statistics.median(quotients):.3f} times the images/s (median of {options.rounds} pairs)")
+    rows = [Row.median(f"{name}, training", found.rates(name), "images/s", options.steps) for name in workers]
     rows.append(Row.median(f"{OURS} / {PEER}", quotients, "times the images/s", options.steps))
-    fair = workers[OURS].facts["parameters"] == workers[PEER].facts["parameters"]
+    fair = found.facts[OURS]["parameters"] == found.facts[PEER]["parameters"]
     if not fair:
         print("The networks differ in parameters: do not quote this.", file=sys.stderr)
     if options.record and fair:
         notes = ["Intervals are the smallest and the largest of all rounds."]
-        facts = {name: worker.facts for name, worker in workers.items()}
-        print(write_record("gan-speed", this_command(), rows, notes=notes, cases=facts))
+        print(write_record("gan-speed", this_command(), rows, notes=notes, cases=found.facts))
     return 0 if fair else 1
 
 

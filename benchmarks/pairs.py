@@ -108,6 +108,42 @@ def interleave(
     return seconds
 
 
+class Race(NamedTuple):
+    """What `race` measured, by case: seconds of every round, peak bytes, and what the case said of itself."""
+
+    images: int
+    seconds: dict[str, list[float]]
+    peaks: dict[str, int]
+    facts: dict[str, dict[str, Any]]
+
+    def rates(self, name: str) -> list[float]:
+        """Images a second of every round."""
+        return [self.images / value for value in self.seconds[name]]
+
+    def quotients(self, ours: str, theirs: str) -> list[float]:
+        """How many times as many images a second, round by round."""
+        return [mine / other for mine, other in zip(self.rates(ours), self.rates(theirs), strict=True)]
+
+
+def race(workers: Mapping[str, Worker], rounds: int, steps: int, warm_up: int, batch: int) -> Race:
+    """Time trainings side by side, saying how it goes, and end their processes. batch: pictures a step."""
+    for name, worker in workers.items():
+        print(f"{name:<20}{worker.facts['parameters']:>12,} parameters, {worker.facts['precision']}", flush=True)
+    images = steps * batch
+
+    def say(index: int, seconds: Mapping[str, float]) -> None:
+        rates = "   ".join(f"{name} {images / value:7.2f}" for name, value in seconds.items())
+        print(f"round {index + 1}, images/s:   {rates}", flush=True)
+
+    try:
+        seconds = interleave(workers, rounds, steps, warm_up, say)
+        peaks = {name: worker.peak_bytes() for name, worker in workers.items()}
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return Race(images, seconds, peaks, {name: worker.facts for name, worker in workers.items()})
+
+
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
     """The ratios of pairs, round by round.
 
