@@ -137,6 +137,25 @@ def test_one_bad_look_is_not_yet_a_collapse() -> None:
     assert not names(rows)
 
 
+def test_a_young_network_goes_up_and_down() -> None:
+    """It draws little, then less; kinds come and go; grids come and fade: none of that is an illness yet."""
+    young = [
+        {"drawn/diversity": spread, "drawn/missing": missing, "drawn/grid": grid, "drawn/copies": 0.0}
+        for spread, missing, grid in [
+            (0.36, 0.57, 1.3),
+            (0.26, 0.22, 7.1),
+            (0.20, 0.65, 3.1),
+            (0.16, 0.95, 5.0),
+            (0.31, 0.78, 7.0),
+            (0.02, 0.85, 4.9),
+            (0.20, 0.85, 4.3),
+        ]
+    ]
+    rows = [{"nimg": 2000 * (place + 1), **row} for place, row in enumerate(young)]
+    for count in range(1, len(rows) + 1):
+        assert names(rows[:count]) == set(), count
+
+
 def test_a_young_network_that_draws_one_thing_is_not_collapsed() -> None:
     rows = [row | ({"drawn/diversity": 0.1} if "drawn/diversity" in row else {}) for row in healthy(20)]
     assert "mode collapse" not in names(rows)
@@ -236,8 +255,10 @@ def test_signals_see_what_is_wrong() -> None:
     assert (
         real.look_at(fresh.images // 2 + pattern, labels)["grid"] > 3 > real.look_at(fresh.images // 2, labels)["grid"]
     )
-    half = fresh.images[fresh.labels < 2]
+    more = Shades(128, seed=1)
+    half = more.images[more.labels < 2]
     assert 0.3 < real.missing(real.kinds_of(half)) < 0.7
+    assert real.missing(real.kinds_of(half[:8])) < 0.3, "eight pictures cannot say that a tenth of the kinds is gone"
 
 
 def test_spread_and_label_effect_are_what_they_say() -> None:

@@ -105,17 +105,19 @@ def diagnose(history: History) -> list[Finding]:
 
 
 def mode_collapse(history: History) -> Evidence | None:
-    """Drawn pictures are alike: less than 0.4 of the spread of real ones, or kinds that are 0.7 of them gone.
+    """Drawn pictures are alike: less than 0.4 of the spread of real ones, or kinds that are 0.6 of them gone.
 
-    Two looks long, and not from the start on: a young network draws one thing only.
+    Two looks long, and not from the start on: a young network draws one thing only, so it must have drawn several for
+    two looks before, or half of the run is over.
     """
     last, missing = history.last("drawn/diversity", 2), history.values("drawn/missing") or [0.0]
     if last is None:
         return None
     values, evidence = history.values("drawn/diversity"), {"diversity": last[-1], "missing": missing[-1]}
-    if min(missing[-2:]) >= 0.7 and _settled(missing[:-2]) < 0.4:
+    if min(missing[-2:]) >= 0.6 and _settled(missing[:-2]) < 0.4:
         return evidence
-    fell = fmean(last) < 0.6 * max(values)
+    held = -_settled([-value for value in values[:-2]])
+    fell = held >= 0.4 and fmean(last) < 0.6 * held
     stuck = history.fraction >= 0.5 and len(values) >= 4 and last[-1] < 1.2 * values[-4]
     return evidence if fmean(last) < 0.4 and (fell or stuck) else None
 
@@ -125,7 +127,8 @@ def mode_drop(history: History) -> Evidence | None:
     last, values = history.last("drawn/missing", 2), history.values("drawn/missing")
     if last is None or min(last) < 0.25 or mode_collapse(history):
         return None
-    lost = min(last) >= _settled(values[:-2]) + 0.2
+    known = _settled(values[:-2])
+    lost = known < 0.4 and min(last) >= known + 0.18
     stuck = history.fraction >= 0.5 and len(values) >= 5 and min(last) >= 0.5 and last[-1] >= values[-5]
     return {"missing": last[-1]} if lost or stuck else None
 
@@ -182,17 +185,17 @@ def oscillation(history: History) -> Evidence | None:
 
 
 def checkerboard(history: History) -> Evidence | None:
-    """Two-pixel patterns have three times the power they have in real pictures, and do not fade."""
+    """Two-pixel patterns have eight times the power they have in real pictures, and do not fade."""
     last = history.last("drawn/grid", 3)
-    if last is None or history.fraction < 0.2 or min(last) < 3 or last[-1] < 0.7 * last[0] or mode_collapse(history):
+    if last is None or history.fraction < 0.2 or min(last) < 8 or last[-1] < 0.7 * last[0] or mode_collapse(history):
         return None
     return {"grid": last[-1]}
 
 
 def memorization(history: History) -> Evidence | None:
-    """Every third drawn picture is a training picture."""
+    """Every fourth drawn picture is a training picture."""
     last = history.last("drawn/copies", 2)
-    return {"copies": last[-1]} if last is not None and min(last) > 1 / 3 else None
+    return {"copies": last[-1]} if last is not None and min(last) > 1 / 4 else None
 
 
 def dead_codes(history: History) -> Evidence | None:

@@ -29,6 +29,9 @@ RARE = 0.2
 """A kind drawn less than this share as often as it is among real pictures is missing (after NDB, Richardson and Weiss
 2018, arXiv:1805.12462)."""
 
+CHANCE = 0.02
+"""A kind that is drawn as rarely by chance with more than this probability is not missing: too few were drawn to say."""
+
 COPY = 0.5
 """Nearer to a training picture than this share of what lies between that one and its nearest neighbour is a copy (a
 stricter form of authenticity, Alaa et al. 2022, arXiv:2102.08921)."""
@@ -120,9 +123,11 @@ class Real:
         return torch.bincount(torch.cdist(rows_ND, self.centres_KD).argmin(1), minlength=len(self.centres_KD))
 
     def missing(self, drawn_K: Tensor) -> float:
-        """Share of real pictures whose kind is (nearly) never drawn."""
-        real_K = self.kinds_K / self.kinds_K.sum()
-        return float(real_K[drawn_K / drawn_K.sum() < RARE * real_K].sum())
+        """Share of real pictures whose kind is (nearly) never drawn, and not by chance."""
+        real_K = self.kinds_K.double() / self.kinds_K.sum()
+        expected_K = real_K * drawn_K.sum()
+        by_chance_K = torch.special.gammaincc(drawn_K.double() + 1, expected_K)  # that so few or fewer come, Poisson
+        return float(real_K[(drawn_K < RARE * expected_K) & (by_chance_K < CHANCE)].sum())
 
     def look_at(self, images_NCHW: Tensor, labels: Sequence[int]) -> dict[str, float]:
         """Numbers of drawn pictures (uint8); what cannot be said of this set is left out.
