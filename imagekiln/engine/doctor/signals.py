@@ -30,7 +30,7 @@ RARE = 0.2
 2018, arXiv:1805.12462)."""
 
 CHANCE = 0.02
-"""A kind that is drawn as rarely by chance with more than this probability is not missing: too few were drawn to say."""
+"""A kind that comes as rarely by chance with more than this probability is not missing: too few were drawn to say."""
 
 COPY = 0.5
 """Nearer to a training picture than this share of what lies between that one and its nearest neighbour is a copy (a
