@@ -146,10 +146,8 @@ def measure(options: argparse.Namespace, folder: Path) -> pairs.Race:
 
 def rows(found: pairs.Race, steps: int) -> list[Row]:
     """What is measured as rows of a record."""
-    result = [Row.median(f"{name}, training", found.rates(name), "images/s", steps) for name in found.seconds]
-    for name in (PEER, PEER_BF16):
-        result.append(Row.median(f"{OURS} / {name}", found.quotients(OURS, name), "times the images/s", steps))
-    return [*result, *(Row(f"{name}, peak memory", peak / 1e6, "MB") for name, peak in found.peaks.items())]
+    peaks = [Row(f"{name}, peak memory", peak / 1e6, "MB") for name, peak in found.peaks.items()]
+    return [*found.rows(OURS, steps), *peaks]
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -159,9 +157,7 @@ def main(given: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         found = measure(options, Path(folder))
     table = rows(found, options.steps)
-    for row in table:
-        low, high = row.interval or (row.value, row.value)
-        print(f"{row.what:<32}{row.value:>10.3f} {row.unit} ({low:.3f} .. {high:.3f})")
+    pairs.say(table)
     if options.record:
         notes = [
             "Intervals are the smallest and the largest of all rounds. The aims were 1.5 times the images/s of the "

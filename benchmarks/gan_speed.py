@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import ours
 import pairs
 import torch
-from record import Row, hardware, this_command, versions, write_record
+from record import hardware, this_command, versions, write_record
 from torch import nn
 
 from imagekiln.nets.dcgan import Discriminator, Generator
@@ -91,10 +90,8 @@ def main(given: Sequence[str] | None = None) -> int:
     print(f"torch {versions()['torch']}, {hardware()['processor']}, load {hardware()['load_1min']}")
     workers = {OURS: pairs.Worker(build_ours, options), PEER: pairs.Worker(build_peer, options)}
     found = pairs.race(workers, options.rounds, options.steps, options.warm_up, options.batch)
-    quotients = found.quotients(OURS, PEER)
-    print(f"{OURS} / {PEER}: {statistics.median(quotients):.3f} times the images/s (median of {options.rounds} pairs)")
-    rows = [Row.median(f"{name}, training", found.rates(name), "images/s", options.steps) for name in workers]
-    rows.append(Row.median(f"{OURS} / {PEER}", quotients, "times the images/s", options.steps))
+    rows = found.rows(OURS, options.steps)
+    pairs.say(rows)
     fair = found.facts[OURS]["parameters"] == found.facts[PEER]["parameters"]
     if not fair:
         print("The networks differ in parameters: do not quote this.", file=sys.stderr)

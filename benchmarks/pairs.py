@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from record import Row
+
 Timer = Callable[[int], float]
 """Does that many steps and returns the seconds they took."""
 
@@ -120,9 +122,14 @@ class Race(NamedTuple):
         """Images a second of every round."""
         return [self.images / value for value in self.seconds[name]]
 
-    def quotients(self, ours: str, theirs: str) -> list[float]:
-        """How many times as many images a second, round by round."""
-        return [mine / other for mine, other in zip(self.rates(ours), self.rates(theirs), strict=True)]
+    def rows(self, ours: str, steps: int) -> list[Row]:
+        """Images a second of every case, and how many times those of each other case ours are, round by round."""
+        found = [Row.median(f"{name}, training", self.rates(name), "images/s", steps) for name in self.seconds]
+        for theirs in self.seconds:
+            if theirs != ours:
+                quotients = [mine / other for mine, other in zip(self.rates(ours), self.rates(theirs), strict=True)]
+                found.append(Row.median(f"{ours} / {theirs}", quotients, "times the images/s", steps))
+        return found
 
 
 def race(workers: Mapping[str, Worker], rounds: int, steps: int, warm_up: int, batch: int) -> Race:
@@ -142,6 +149,13 @@ def race(workers: Mapping[str, Worker], rounds: int, steps: int, warm_up: int, b
         for worker in workers.values():
             worker.close()
     return Race(images, seconds, peaks, {name: worker.facts for name, worker in workers.items()})
+
+
+def say(rows: Sequence[Row]) -> None:
+    """Print them, with the smallest and the largest of all rounds."""
+    for row in rows:
+        low, high = row.interval or (row.value, row.value)
+        print(f"{row.what:<40}{row.value:>10.3f} {row.unit} ({low:.3f} .. {high:.3f})")
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 import ours
 import pairs
 import torch
-from record import Row, hardware, this_command, versions, write_record
+from record import hardware, this_command, versions, write_record
 from torch import Tensor, nn
 
 OURS, PEER = "imagekiln", "stylegan2-ada-pytorch"
@@ -135,10 +134,8 @@ def main(given: Sequence[str] | None = None) -> int:
     print(f"torch {versions()['torch']}, {hardware()['processor']}, load {hardware()['load_1min']}")
     workers = {OURS: pairs.Worker(build_ours, options), PEER: pairs.Worker(build_peer, options)}
     found = pairs.race(workers, options.rounds, options.steps, options.warm_up, options.batch)
-    quotients = found.quotients(OURS, PEER)
-    print(f"{OURS} / {PEER}: {statistics.median(quotients):.3f} times the images/s (median of {options.rounds} pairs)")
-    rows = [Row.median(f"{name}, training", found.rates(name), "images/s", options.steps) for name in workers]
-    rows.append(Row.median(f"{OURS} / {PEER}", quotients, "times the images/s", options.steps))
+    rows = found.rows(OURS, options.steps)
+    pairs.say(rows)
     mine, theirs = (found.facts[name]["parameters"] for name in (OURS, PEER))
     fair = abs(mine / theirs - 1) <= LARGEST_DIFFERENCE
     if not fair:

@@ -123,12 +123,15 @@ def mode_collapse(history: History) -> Evidence | None:
 
 
 def mode_drop(history: History) -> Evidence | None:
-    """Kinds that make up a quarter of the real pictures are missing, and were not or should have come by now."""
+    """Kinds that make up a quarter of the real pictures are missing, and were not or should have come by now.
+
+    The first fifth of a run finds the kinds, and they come and go.
+    """
     last, values = history.last("drawn/missing", 2), history.values("drawn/missing")
     if last is None or min(last) < 0.25 or mode_collapse(history):
         return None
     known = _settled(values[:-2])
-    lost = known < 0.4 and min(last) >= known + 0.18
+    lost = history.fraction >= 0.2 and known < 0.4 and min(last) >= known + 0.18
     stuck = history.fraction >= 0.5 and len(values) >= 5 and min(last) >= 0.5 and last[-1] >= values[-5]
     return {"missing": last[-1]} if lost or stuck else None
 
