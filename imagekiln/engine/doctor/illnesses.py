@@ -107,17 +107,18 @@ def diagnose(history: History) -> list[Finding]:
 def mode_collapse(history: History) -> Evidence | None:
     """Drawn pictures are alike: less than 0.4 of the spread of real ones, or kinds that are 0.6 of them gone.
 
-    Two looks long, and not from the start on: a young network draws one thing only, so it must have drawn several for
-    two looks before, or half of the run is over.
+    Two looks long, and not from the start on: a young network draws one thing only and then another, so a fifth of the
+    run is over and it drew several for two looks before, or half of the run is over.
     """
     last, missing = history.last("drawn/diversity", 2), history.values("drawn/missing") or [0.0]
     if last is None:
         return None
     values, evidence = history.values("drawn/diversity"), {"diversity": last[-1], "missing": missing[-1]}
-    if min(missing[-2:]) >= 0.6 and _settled(missing[:-2]) < 0.4:
+    grown = history.fraction >= 0.2
+    if grown and min(missing[-2:]) >= 0.6 and _settled(missing[:-2]) < 0.4:
         return evidence
     held = -_settled([-value for value in values[:-2]])
-    fell = held >= 0.4 and fmean(last) < 0.6 * held
+    fell = grown and held >= 0.4 and fmean(last) < 0.6 * held
     stuck = history.fraction >= 0.5 and len(values) >= 4 and last[-1] < 1.2 * values[-4]
     return evidence if fmean(last) < 0.4 and (fell or stuck) else None
 
