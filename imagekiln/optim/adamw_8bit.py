@@ -89,8 +89,10 @@ class _Moment:
     """One moment of a parameter as a row of float32, whatever it is kept as."""
 
     def __init__(self, state: dict[str, Any], name: str, parameter: Tensor) -> None:
-        self.kept, self.signed = _flat(state[name], parameter), _SIGNED[name]
         self.scales: Tensor | None = state.get(f"{name}_scale")
+        if self.scales is not None and state[name].dtype != torch.uint8:  # torch's own loading makes floats of all
+            state[name] = state[name].to(torch.uint8)
+        self.kept, self.signed = _flat(state[name], parameter), _SIGNED[name]
         if self.scales is not None and self.scales.device != parameter.device:
             self.scales = state[f"{name}_scale"] = self.scales.to(parameter.device)
 

@@ -12,7 +12,7 @@ from imagekiln.optim.build import NAMES, build
 
 ACCEPTED = get_args(OptimizerConfig.model_fields["name"].annotation)
 EVERY = pytest.mark.parametrize("name", ACCEPTED)
-LR = {"sgd": 0.1, "adam": 0.05, "adamw": 0.05, "rmsprop": 0.01}
+LR = {"sgd": 0.1, "adam": 0.05, "adamw": 0.05, "adamw_8bit": 0.05, "rmsprop": 0.01}
 
 GOAL = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
 

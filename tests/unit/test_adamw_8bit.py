@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -131,6 +133,18 @@ def test_it_goes_on_bit_for_bit() -> None:
         step(net, first, seed)
         step(twin, second, seed)
     assert torch.equal(net.weight, twin.weight) and torch.equal(net.bias, twin.bias)
+
+
+def test_a_state_that_torch_loaded_takes_a_byte_again() -> None:
+    whole, part = (torch.nn.Parameter(torch.zeros(SHAPE)) for _ in range(2))
+    first, second = AdamW8bit([whole]), AdamW8bit([part])
+    for optimizer, parameter in ((first, whole), (second, part)):
+        parameter.grad = torch.linspace(-1, 1, parameter.numel()).view(SHAPE)
+        optimizer.step()
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for optimizer in (first, second):
+        optimizer.step()
+    assert torch.equal(whole, part) and second.state[part]["exp_avg"].dtype == torch.uint8
 
 
 def test_it_takes_no_heat() -> None:

@@ -141,7 +141,7 @@ def test_impossible_sizes_are_refused_with_a_way_out():
 
 def test_without_diffusers_there_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(UsageError, match=r"AutoencoderKL of diffusers.*pip install 'imagekiln\[sd\]'\.$"):
+    with pytest.raises(UsageError, match=r"classes of diffusers.*pip install 'imagekiln\[sd\]'\.$"):
         family()
 
 
