@@ -198,7 +198,7 @@ def prepared_set(options: argparse.Namespace) -> Path:
 
 
 def shown(captions: Sequence[str], data: DataConfig) -> Trained:
-    """What a training with these settings may show of captions."""
+    """What a training with these settings may show of captions; `data.fillers` around them make no wording."""
     return Trained(captions, data.tags_kept, data.wordings, data.word_dropout > 0)
 
 
