@@ -38,12 +38,12 @@ from torch import Tensor
 
 from imagekiln import api
 from imagekiln import data as datasets
-from imagekiln.config import DataConfig, read_toml
+from imagekiln.config import DataConfig, override, read_toml
 from imagekiln.core import mix
 from imagekiln.data import to_float, to_uint8
 from imagekiln.engine import pictures
 from imagekiln.engine import recipe as recipes
-from imagekiln.engine.generate import draw
+from imagekiln.engine.generate import draw, options_for
 from imagekiln.engine.models import Model, hash_of, open_model
 from imagekiln.engine.run import Run
 from imagekiln.errors import UsageError
@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     add("--concepts", type=int, default=120, help="concepts asked for, each in three wordings (120)")
     add("--skip-train", action="store_true", help="only measure what has been trained before")
     add("--nimg", type=int, help="the moment of the run after so many images (the one `generate` takes)")
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="how to draw (as the run says)")
     add("--matcher-only", action="store_true", help="only measure the matcher, on real pictures")
     add("--matcher-seed", type=int, default=0, help="another one is another matcher (0)")
     add("--record", action="store_true", help="write a record of the result")
@@ -237,11 +238,11 @@ def cost(run: Run) -> dict[str, float]:
     return {f"training, {kind}": seconds for kind, seconds in whole.items()} | logs
 
 
-def drawn(model: Model, asked: Sequence[Asked], kind: str) -> Tensor:
-    """One picture a concept, (K, C, H, W) uint8, with the run's own sampling options."""
+def drawn(model: Model, asked: Sequence[Asked], kind: str, options: Any) -> Tensor:
+    """One picture a concept, (K, C, H, W) uint8."""
     seeds = [mix("emoji-text", "noise", kind, one.concept.name) for one in asked]
     with model.precision():
-        return draw(model.family, seeds, [one.prompts[kind] for one in asked], model.family.config.sample)
+        return draw(model.family, seeds, [one.prompts[kind] for one in asked], options)
 
 
 @torch.inference_mode()
@@ -293,13 +294,23 @@ def measure_real(
 
 
 def measure_run(
-    run: Run, judge: Judge, asked: Sequence[Asked], lineup: Lineup, real: Tensor, nimg: int | None = None
+    run: Run,
+    judge: Judge,
+    asked: Sequence[Asked],
+    lineup: Lineup,
+    real: Tensor,
+    nimg: int | None = None,
+    drawing: Sequence[str] = (),
 ) -> tuple[Judged, dict[str, Tensor], Path]:
-    """What the matcher says about a run's pictures, the pictures by kind, and the weights that drew them."""
+    """What the matcher says about a run's pictures, the pictures by kind, and the weights that drew them.
+
+    drawing: sampling options as name=value, laid over the run's own.
+    """
     model = open_model(run, nimg)
     concepts = [one.concept for one in asked]
     command.say(f"Drawing {len(asked) * (len(KINDS) + 1)} pictures with {model.weights}.")
-    by_kind = {kind: drawn(model, asked, kind) for kind in (*KINDS, SEEN)}
+    how = options_for(model.family, override({}, drawing))
+    by_kind = {kind: drawn(model, asked, kind, how) for kind in (*KINDS, SEEN)}
     right = {kind: judge(images, concepts, lineup) for kind, images in by_kind.items()}
     wrong = {kind: judge(by_kind[kind], _rolled(concepts), lineup.wrong()) for kind in KINDS}
     found = {"drawn, all wordings": _together(right)}
@@ -381,7 +392,7 @@ def work(options: argparse.Namespace) -> Path | None:
     real = every[[one.row for one in chosen]]
     rows, judged, weights = share_rows([measure_real(judge, chosen, lineup, dataset, held)], ()), [], []
     for seed, run in zip(options.seeds, runs, strict=False):
-        found, by_kind, path = measure_run(run, judge, asked, lineup, real, options.nimg)
+        found, by_kind, path = measure_run(run, judge, asked, lineup, real, options.nimg, options.option)
         judged.append(found)
         weights.append(hash_of(path))
         write_grid(options.runs / f"emoji-text-{seed}.png", asked, real, by_kind)

@@ -33,8 +33,8 @@ from imagekiln.engine import show as showing
 from imagekiln.engine.codec import Codec, Coder
 from imagekiln.engine.continuing import continued
 from imagekiln.engine.inputs import begin, companion_hashes
-from imagekiln.engine.models import guide_by, open_model
-from imagekiln.engine.run import Run, disk_faults
+from imagekiln.engine.models import draw_as, guide_by, open_model
+from imagekiln.engine.run import Run, made_folder
 from imagekiln.engine.tracker import Several, Silent, TensorBoard
 from imagekiln.engine.trainer import Trainer
 from imagekiln.errors import ImagekilnError, RecipeError, UsageError
@@ -244,6 +244,7 @@ def generate(
     start: str | Path | None = None,
     mask: str | Path | None = None,
     guide: str | Path | None = None,
+    shape: str | None = None,
     seed: int = 0,
     batch: int = 64,
     nimg: int | None = None,
@@ -257,7 +258,7 @@ def generate(
     progress: Report | None = None,
     **options: Any,
 ) -> Drawn:
-    """Draw `n` pictures into `out`: `000000.png` ... at the model's own size, and `grid.png`.
+    """Draw `n` pictures into `out`: `000000.png` ... and `grid.png`.
 
     Picture i depends on (weights, seed, i, label or prompt) alone. Without a label the classes take turns.
     grid: `plain`, or `class` for a row a class with its name.
@@ -267,11 +268,11 @@ def generate(
         ones of these; the first `crossover` places take the coarse one (half of them if None).
     start: a picture that drawing begins with, of which `strength` is drawn anew; mask: another, black where it stays.
     guide: run or weights file of a weaker model of the same family, which `guidance` then turns away from.
+    shape: height and width in pixels, such as `96x64`, for a model with a U-Net; None = as it learned them.
     options: what the family offers, for example `steps=25, guidance=1.5` for diffusion, `truncation=0.7` for styles.
 
-    Raises:
-        UsageError: no such run, label or option, or the model cannot do it. DataError: `start` or `mask` is no picture.
-        DiskError: `out` cannot be written.
+    Raises `UsageError` for a run, label or option that is not there or that the model cannot do, `DataError` where
+    `start` or `mask` is no picture, `DiskError` when `out` cannot be written.
     """
     wanted = sheets.Sheets(grid, interpolate, fps, mix, crossover)
     if n < 1 or n + mix > generation.MAX_IMAGES:
@@ -282,13 +283,12 @@ def generate(
         raise UsageError(f"{run.path} holds a {model.family.config.name}, which judges pictures and draws none.")
     chosen = generation.options_for(model.family, options)
     guide_by(model, guide, chosen)
+    draw_as(model, shape)
     beginning = starting.begun(model, start, mask, chosen)
     wished = model.wishes(n + mix, label, [prompt] if isinstance(prompt, str) else prompt)
     wanted.require(model, wished, beginning is not None)
     seeds = generation.seeds_for(seed, n + mix)
-    folder = Path(out)
-    with disk_faults(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = made_folder(out)
     with model.precision():
         drawn = generation.stream(model.family, seeds, wished, chosen, batch, beginning)
         paths, first = pictures.write_all(folder, drawn, wanted.kept(n), n + mix, progress)

@@ -67,6 +67,7 @@ class DataConfig(Section):
         "crop", description="how a picture that is not square becomes square; smart crops where most edges are"
     )
     background: str = Field("white", description="colour behind transparent pixels and padding")
+    buckets: bool = Field(False, description="learn pictures in their own proportions, about size x size pixels each")
     validation_fraction: Fraction = Field(0.1, description="share held out, by hash of the pixels")
     flip: bool = Field(False, description="mirror half of the training pictures left to right")
     augment: DataAugmentConfig = DataAugmentConfig()

@@ -181,6 +181,10 @@ class Family(nn.Module, ABC):
         """Channels, height and width of the pictures that come of it: behind a codec not those it draws."""
         return self.image_shape if self.codec is None else self.codec.image_shape
 
+    def fits(self, rows: int, columns: int) -> bool:
+        """Whether it also learns and draws what has so many rows and columns, beside its `image_shape`."""
+        return (rows, columns) == self.image_shape[1:]
+
     @abstractmethod
     def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
         """The objective of one phase on one batch. Draws its randomness from torch's global generator, which the

@@ -88,7 +88,7 @@ class Command:
         if self.code() is None:
             os.kill(self.pid, number)
 
-    def wait(self, timeout_sec: float = 120.0) -> Outcome:
+    def wait(self, timeout_sec: float = 240.0) -> Outcome:
         end = time.monotonic() + timeout_sec
         while self.code() is None:
             if time.monotonic() > end:

@@ -30,6 +30,9 @@ MaskOption = Annotated[Path | None, typer.Option("--mask", help="White: drawn an
 GuideOption = Annotated[
     Path | None, typer.Option("--guide", help="Run or weights of a weaker model, for --guidance to turn away from.")
 ]
+ShapeOption = Annotated[
+    str | None, typer.Option("--shape", metavar="HxW", help="Height and width in pixels (diffusion with a U-Net).")
+]
 WalkOption = Annotated[
     int,
     typer.Option("--interpolate", metavar="FRAMES", help="Walk through the pictures, FRAMES from each to the next."),
@@ -56,6 +59,7 @@ def generate(
     strength: StrengthOption = None,
     mask: MaskOption = None,
     guide: GuideOption = None,
+    shape: ShapeOption = None,
     truncation: TruncationOption = None,
     grid: Annotated[str, typer.Option("--grid", help="plain, or class: a row a class with its name.")] = "plain",
     interpolate: WalkOption = 0,
@@ -84,6 +88,7 @@ def generate(
         start=start,
         mask=mask,
         guide=guide,
+        shape=shape,
         seed=seed,
         batch=batch,
         nimg=nimg,

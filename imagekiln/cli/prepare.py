@@ -19,6 +19,9 @@ FramesOption = Annotated[
 RepairOption = Annotated[
     bool, typer.Option("--repair", help="Use truncated JPEG files of which nine tenths of the rows are there.")
 ]
+BucketsOption = Annotated[
+    bool, typer.Option("--buckets", help="Also keep pictures in their own proportions, for data.buckets.")
+]
 
 
 def prepare(
@@ -29,6 +32,7 @@ def prepare(
     fit: FitOption = None,
     channels: Annotated[int | None, typer.Option("--channels", help="1, 3 or 4; 0 looks at the pictures.")] = None,
     background: Annotated[str | None, typer.Option("--background", help="Colour behind transparency.")] = None,
+    buckets: BucketsOption = False,
     frames: FramesOption = None,
     repair: RepairOption = False,
     caption_encoding: Annotated[
@@ -57,7 +61,7 @@ def prepare(
     from imagekiln.data import URLS, write_shards
 
     given: dict[str, Any] = dict(size=size, fit=fit, channels=channels, background=background, frames=frames)
-    given |= dict(caption_encoding=caption_encoding, repair=repair or None)
+    given |= dict(caption_encoding=caption_encoding, repair=repair or None, buckets=buckets or None)
     dataset = api.prepare(
         [*(sources or []), *([f"{URLS}{urls}"] if urls else [])],
         out,

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from imagekiln.config import Fit, Fraction, Section
 from imagekiln.data import checks, frames, packed, sides
+from imagekiln.data.buckets import nearest, shapes
 from imagekiln.data.captions import from_template
 from imagekiln.data.checks import CleanConfig, Finding
 from imagekiln.data.files import printable
@@ -37,6 +38,7 @@ class PrepareConfig(Section):
         "crop", description="how a picture that is not square becomes square; smart crops where most edges are"
     )
     background: str = Field("white", description="colour behind transparent pixels and padding")
+    buckets: bool = Field(False, description="also keep pictures in their own proportions, about size x size pixels")
     frames: Literal["first", "all"] = Field("first", description="of animations and of files with several pages")
     repair: bool = Field(False, description="use truncated JPEG files of which nine tenths of the rows are there")
     validation_fraction: Fraction = Field(0.1, description="share held out, by hash of the pixels")
@@ -156,6 +158,7 @@ def _rows(
         config.test_fraction,
     )
     sizes = Counter(groups[list(kept)].tolist())
+    known = shapes(config.size) if config.buckets else []
     rows = []
     for index, side in zip(kept, where, strict=True):
         name, label, text = survey.names[index], labels[index], survey.texts[index]
@@ -164,6 +167,8 @@ def _rows(
         picture = Picture(name, label, text)
         row = packed.row_of(picture, survey.digests[index], names)
         row |= {"row": int(survey.places[index]), "split": side}
+        if config.buckets:
+            row["shape"] = nearest(known, *(int(survey.measured[index][side]) for side in ("height", "width")))
         row |= {"repaired": True} if "repaired" in survey.notes[index] else {}
         rows.append(row | ({"group": int(groups[index])} if sizes[groups[index]] > 1 else {}))
     return rows

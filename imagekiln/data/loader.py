@@ -1,7 +1,8 @@
 """Batches for training as a pure function of (seed, images seen): resume is exact because there is nothing to restore.
 
 Picture number p of a run is entry p mod n of the permutation of epoch p div n, and the permutation depends on
-(seed, epoch) alone. Whether it is mirrored, and what else is done to it, depends on (seed, p) alone.
+(seed, epoch) alone. Whether it is mirrored, and what else is done to it, depends on (seed, p) alone. Where pictures
+have several shapes, the order is that of `imagekiln.data.buckets`.
 
 Shapes: B pictures, C channels, H rows, W columns.
 """
@@ -14,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imagekiln.core import Batch, Source, mix
+from imagekiln.core import Batch, Source
 from imagekiln.data.augment import words
+from imagekiln.data.buckets import BucketOrder, shuffled
 from imagekiln.errors import DataError
 
 Augment = Callable[[Tensor, int], tuple[Tensor, Tensor]]
@@ -32,6 +34,7 @@ class Loader:
     batch: pictures a batch; a source with fewer pictures repeats them.
     flip: mirror half of the pictures left to right. It is not told to anyone: a mirrored picture is as good.
     augment: what else is done to the pictures, after that.
+    stretch: pictures of one shape that follow each other where the source has several; 0 = a batch.
 
     Raises `DataError` when the source is empty.
     """
@@ -44,6 +47,7 @@ class Loader:
         device: torch.device | str = "cpu",
         flip: bool = False,
         augment: Augment | None = None,
+        stretch: int = 0,
     ) -> None:
         if not len(source):
             raise DataError("There are no pictures to train on.")
@@ -51,9 +55,13 @@ class Loader:
         self.augment = augment
         self.text: Text | None = None
         self._permutations: dict[int, np.ndarray] = {}
+        shapes_N2 = getattr(source, "shapes_N2", None)
+        self._buckets = None if shapes_N2 is None else BucketOrder(shapes_N2, seed, stretch or batch)
 
     def order(self, position: int, count: int) -> np.ndarray:
         """Which pictures come at positions `position .. position + count - 1` of the run: int64 indices."""
+        if self._buckets is not None:
+            return self._buckets.order(position, count)
         positions = np.arange(position, position + count, dtype=np.int64)
         epochs, places = np.divmod(positions, len(self.source))
         indices = np.empty(count, np.int64)
@@ -76,12 +84,10 @@ class Loader:
         return Batch(images_BCHW, read.labels, text, augment_BA).to(self.device)
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        """Sorting raw 64-bit words, whose stream numpy promises never to change, unlike `Generator.permutation`."""
         if epoch not in self._permutations:
             while len(self._permutations) > 1:
                 del self._permutations[min(self._permutations)]
-            words = np.random.PCG64(mix(self.seed, "order", epoch)).random_raw(len(self.source))
-            self._permutations[epoch] = np.argsort(words, kind="stable")
+            self._permutations[epoch] = shuffled(len(self.source), self.seed, "order", epoch)
         return self._permutations[epoch]
 
     def _mirrored(self, position: int) -> np.ndarray:

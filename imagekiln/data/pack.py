@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from imagekiln.config import DataConfig
-from imagekiln.data import builtin, decode, packed, pixels, scan, shard_index, shards, webdataset
+from imagekiln.data import buckets, builtin, decode, packed, pixels, scan, shard_index, shards, webdataset
 from imagekiln.data.files import TAR_SUFFIXES, printable, stem
 from imagekiln.data.pixels import ProgressFn
 from imagekiln.data.source import NOTHING_HELD_OUT, Dataset, Table, dataset, digest, split
@@ -53,10 +53,20 @@ def load(data: DataConfig, cache: Path | None = None, progress: ProgressFn | Non
     if packed.is_packed(path):
         return packed.open_packed(path, data)
     if shard_index.is_set(path) or (webdataset.is_address(data.path) and not data.path.endswith(TAR_SUFFIXES)):
-        return _sharded(data)
+        return _sharded(_square(data))
     if (known := published(data.path, cache)) is not None:
-        return _published(*known, data)
+        return _published(*known, _square(data))
     return _pictures(path, data, cache, progress)
+
+
+def _square(data: DataConfig) -> DataConfig:
+    """Raises `UsageError` where proportions are to be kept of pictures that are all of one shape."""
+    if data.buckets:
+        raise UsageError(
+            f"data.buckets keeps the proportions of pictures, and those of {data.path} are all of one shape. Leave it "
+            "out, or name a folder of pictures."
+        )
+    return data
 
 
 def published(source: str, cache: Path | None = None) -> tuple[str, builtin.Arrays] | None:
@@ -141,6 +151,7 @@ def _pack_published(name: str, arrays: builtin.Arrays, data: DataConfig, folder:
 
 
 def _pictures(path: Path, data: DataConfig, cache: Path, progress: ProgressFn | None) -> Dataset:
+    pixels.require_size(data)
     found = scan.find(path)
     folder = cache / "packed" / _key(found, data)
     if folder.is_dir():
@@ -168,7 +179,9 @@ def _sharded(data: DataConfig) -> Dataset:
 
 def _key(found: scan.Found, data: DataConfig) -> str:
     """Changes whenever a picture, its label, its caption or a setting that matters does."""
-    settings = data.model_dump(include={"size", "channels", "fit", "background"})
+    settings = data.model_dump(
+        include={"size", "channels", "fit", "background", *(["buckets"] if data.buckets else [])}
+    )
     hasher = hashlib.blake2b(json.dumps([packed.VERSION, settings]).encode(), digest_size=16)
     for picture in found.pictures:
         entry = found.files.entries[picture.name]
@@ -182,8 +195,8 @@ def _pack(found: scan.Found, data: DataConfig, folder: Path, progress: ProgressF
     notices, left_out = list(found.notices), list(found.left_out)
     pictures: list[scan.Picture] = []
     notes: list[frozenset[str]] = []
-    raw = folder / "pixels.raw"
-    with warnings.catch_warnings(), ThreadPoolExecutor(pixels.THREADS) as pool, raw.open("wb") as stream:
+    shapes: list[buckets.Shape | None] = []
+    with warnings.catch_warnings(), ThreadPoolExecutor(pixels.THREADS) as pool, pixels.Raw(folder, data) as raw:
         warnings.simplefilter("ignore")  # what Pillow mutters about odd metadata is no concern of the user
         shape = (data.size, data.size) if data.size else pixels.chosen_shape(found, pool, notices)
         see = partial(pixels.see, found, shape=shape, shaping=data, measure=False)
@@ -191,21 +204,25 @@ def _pack(found: scan.Found, data: DataConfig, folder: Path, progress: ProgressF
             if isinstance(seen, str):
                 left_out.append((picture.name, seen))
             else:
-                stream.write(seen.pixels_HWA.tobytes())
+                raw.add(seen)
                 pictures.append(picture)
                 notes.append(seen.notes)
+                shapes.append(seen.shape)
             if progress is not None:
                 progress(done, len(found.pictures))
     if not pictures:
         raise pixels.none_usable(found.files.where, [why for _, why in left_out])
     channels = data.channels or pixels.chosen_channels(notes, notices)
-    pixels.write_images(raw, folder / "images.npy", (len(pictures), channels, *shape), data.background)
+    for name, its in pixels.kept((len(pictures), channels, *shape), data).items():
+        pixels.write_images(folder / f"{name}.raw", folder / f"{name}.npy", its, data.background)
     names = scan.class_names([picture.label for picture in pictures])
     lost = set(scan.class_names([picture.label for picture in found.pictures])) - set(names)
     if lost:
         notices.append(f"No usable pictures are left of: {', '.join(printable(name) for name in sorted(lost))}.")
     images_NCHW = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
     rows = [packed.row_of(picture, digest(image), names) for picture, image in zip(pictures, images_NCHW, strict=True)]
+    for row, own in zip(rows, shapes, strict=True):
+        row |= {} if own is None else {"shape": own}
     if any(picture.split for picture in pictures):
         held_out = "validation" if any(picture.split == "validation" for picture in pictures) else "test"
         for row, picture in zip(rows, pictures, strict=True):  # like a published set, whose test split is held out

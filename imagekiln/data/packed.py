@@ -2,9 +2,11 @@
 
 `images.npy` (M, C, H, W) uint8, `metadata.jsonl` (one row a picture of the set, in order), `prepare.json` (shape,
 classes, notices) and `left_out.csv` (file, reason, value). `row` in the metadata is the picture's place in the array,
-which may hold more pictures than the set; without it the n-th row is the n-th picture. A folder is complete or absent.
+which may hold more pictures than the set; without it the n-th row is the n-th picture. Where proportions are kept there
+is also `buckets.npy` (M, C, 1, P) uint8, the same pictures in their own shapes (`imagekiln.data.buckets`), which rows
+tell as `shape`. A folder is complete or absent.
 
-Shapes: N pictures of the set, M of the array, C channels, H rows, W columns.
+Shapes: N pictures of the set, M of the array, C channels, H rows, W columns, P = H W.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +25,7 @@ import numpy as np
 
 from imagekiln import signals
 from imagekiln.core import UNLABELLED
+from imagekiln.data.buckets import Buckets
 from imagekiln.data.files import printable
 from imagekiln.data.scan import Picture
 from imagekiln.data.source import Dataset, Table, dataset, split
@@ -29,6 +33,7 @@ from imagekiln.errors import DataError
 
 VERSION = 2
 FILES = ("images.npy", "metadata.jsonl", "prepare.json")
+BUCKETS = "buckets.npy"
 _FORMULA = ("=", "+", "-", "@")
 _GUARDED = tuple(f"'{sign}" for sign in _FORMULA)
 
@@ -44,6 +49,9 @@ class Wanted(Protocol):
 
     @property
     def validation_fraction(self) -> float: ...
+
+    @property
+    def buckets(self) -> bool: ...
 
 
 def is_packed(path: Path) -> bool:
@@ -68,13 +76,37 @@ def open_packed(folder: Path, wanted: Wanted) -> Dataset:
         [row["file_name"] for row in rows],
         [row.get("text") for row in rows] if any("text" in row for row in rows) else None,
         np.array([row.get("row", index) for index, row in enumerate(rows)], np.int64),
+        _buckets(folder, rows, images_NCHW.shape) if wanted.buckets else None,
     )
     notices, left_out = [str(notice) for notice in about.get("notices", [])], read_left_out(folder)
+    if wanted.buckets:
+        counts = Counter("x".join(map(str, row["shape"])) for row in rows).most_common()
+        notices.append(f"Pictures keep their shapes: {', '.join(f'{shape} ({count:,})' for shape, count in counts)}.")
     name = str(about.get("name", folder.name))
     if not all("split" in row for row in rows):
         return dataset(name, table, split(table.digests, wanted.validation_fraction), notices, left_out)
     sides = np.array([row["split"] for row in rows])
     return dataset(name, table, sides == "validation", notices, left_out, test=sides == "test")
+
+
+def _buckets(folder: Path, rows: Sequence[Mapping[str, Any]], shape: tuple[int, ...]) -> Buckets:
+    """The pictures in their own shapes. Raises `DataError` when they were not kept, or are damaged."""
+    if not os.path.isfile(folder / BUCKETS):
+        raise DataError(
+            f"{folder} was prepared in squares, and the recipe asks for data.buckets. Prepare it again with --buckets."
+        )
+    total, channels, height, width = shape
+    shapes_N2 = np.ones((total, 2), np.int64)
+    try:
+        flat_NC1P = np.load(folder / BUCKETS, mmap_mode="r", allow_pickle=False)
+        for index, row in enumerate(rows):
+            shapes_N2[row.get("row", index)] = row["shape"]
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise DataError(f"The prepared set {folder} is damaged ({error}). Prepare it again.") from None
+    sound = flat_NC1P.dtype == np.uint8 and flat_NC1P.shape == (total, channels, 1, height * width)
+    if not sound or shapes_N2.min() < 1 or shapes_N2.prod(1).max() > height * width:
+        raise DataError(f"The prepared set {folder} does not fit together. Prepare it again.")
+    return Buckets(flat_NC1P, shapes_N2)
 
 
 def read_about(folder: Path) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """Files to pixels: every picture decoded once, by several threads, in order, and kept on disk at one size.
 
 Pixels are first written as RGBA, one picture after the other, because how many channels the set needs is known only
-when all pictures have been seen; then they become `images.npy`.
+when all pictures have been seen; then they become `images.npy`, and `buckets.npy` where proportions are kept.
 
-Shapes: N pictures, H rows, W columns, C channels, A red, green, blue, alpha, T = `survey.THUMB` rows and columns.
+Shapes: N pictures, H rows, W columns, C channels, A red, green, blue, alpha, P = H W,
+T = `survey.THUMB` rows and columns.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 from collections import Counter, deque
@@ -19,9 +21,9 @@ from typing import Literal, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from imagekiln.config import Fit
-from imagekiln.data import decode
+from imagekiln.data import buckets, decode
 from imagekiln.data.scan import Found, Picture
-from imagekiln.errors import DataError
+from imagekiln.errors import DataError, UsageError
 
 COMMON_SIZE = 256
 """`size = 0` keeps the pictures' own size when they all share it and no side is longer than this."""
@@ -29,7 +31,7 @@ CHOSEN_SIZE = 64
 """Otherwise it takes the median short side, rounded down to a multiple of 8, but no more than this."""
 
 THREADS = max(1, min(8, os.cpu_count() or 1))
-_CHUNK = 256
+_CHUNK_BYTES = 2**24
 
 ProgressFn = Callable[[int, int], None]
 Item = TypeVar("Item")
@@ -51,12 +53,18 @@ class Shaping(Protocol):
     @property
     def background(self) -> str: ...
 
+    @property
+    def buckets(self) -> bool: ...
+
 
 class Seen(NamedTuple):
-    """One usable picture: pixels_HWA uint8, and, where it was measured, `survey.MEASURES` and thumb_TT3 uint8."""
+    """One usable picture: pixels_HWA uint8; where proportions are kept, its shape and shaped_PA uint8 in that; where it
+    was measured, `survey.MEASURES` and thumb_TT3 uint8."""
 
     pixels_HWA: np.ndarray
     notes: frozenset[str]
+    shape: buckets.Shape | None = None
+    shaped_PA: np.ndarray | None = None
     measured: np.void | None = None
     thumb: np.ndarray | None = None
 
@@ -69,7 +77,11 @@ def see(
         file = found.files.open(picture.name)
         opened = decode.open_noted(file, name=picture.name, short_side=max(shape), repair=repair)
         pixels_HWA = decode.fit(opened.image, shape, shaping.fit, shaping.background, channels=4)
-        measured = thumb = None
+        own = shaped_PA = measured = thumb = None
+        if shaping.buckets:
+            own = buckets.nearest(buckets.shapes(shape[0]), opened.height, opened.width)
+            fitted_HWA = decode.fit(opened.image, own, shaping.fit, shaping.background, channels=4)
+            shaped_PA = buckets.flattened(fitted_HWA, shape[0] * shape[1])
         if measure:
             from imagekiln.data import measures
 
@@ -79,7 +91,42 @@ def see(
     alpha = set() if (pixels_HWA[..., 3] == 255).all() else {"alpha"}
     red, green, blue = (pixels_HWA[..., channel] for channel in range(3))
     grey = {"grey"} if (red == green).all() and (red == blue).all() else set()
-    return Seen(pixels_HWA, opened.notes | alpha | grey, measured, thumb)
+    return Seen(pixels_HWA, opened.notes | alpha | grey, own, shaped_PA, measured, thumb)
+
+
+class Raw(contextlib.ExitStack):
+    """Files in a folder that pixels are written to before it is known how many channels they need."""
+
+    def __init__(self, folder: Path, shaping: Shaping) -> None:
+        super().__init__()
+        self._images = self.enter_context((folder / "images.raw").open("wb"))
+        self._buckets = self.enter_context((folder / "buckets.raw").open("wb")) if shaping.buckets else None
+
+    def add(self, seen: Seen) -> None:
+        """Write the pixels of the next picture."""
+        self._images.write(seen.pixels_HWA.tobytes())
+        if self._buckets is not None and seen.shaped_PA is not None:
+            self._buckets.write(seen.shaped_PA.tobytes())
+
+
+def kept(shape: tuple[int, ...], shaping: Shaping) -> dict[str, tuple[int, ...]]:
+    """The arrays of a packed folder by name, with their shapes, of which the first is (N, C, H, W).
+
+    >>> from imagekiln.config import DataConfig
+    >>> kept((9, 3, 64, 64), DataConfig(buckets=True))
+    {'images': (9, 3, 64, 64), 'buckets': (9, 3, 1, 4096)}
+    """
+    total, channels, height, width = shape
+    return {"images": shape} | ({"buckets": (total, channels, 1, height * width)} if shaping.buckets else {})
+
+
+def require_size(shaping: Shaping) -> None:
+    """Raises `UsageError` where proportions are to be kept and no size says how large the shapes are."""
+    if shaping.buckets and (not shaping.size or shaping.size % buckets.PARTS):
+        raise UsageError(
+            f"buckets: the shapes have about as many pixels as a square of this size, and size is {shaping.size}. Set "
+            f"it to a multiple of {buckets.PARTS}."
+        )
 
 
 def in_order(
@@ -143,8 +190,9 @@ def write_images(raw: Path, target: Path, shape: tuple[int, ...], background: st
     with raw.open("rb") as source, target.open("wb") as stream:  # mapped files would count as this process's memory
         head = {"descr": "|u1", "fortran_order": False, "shape": tuple(map(int, shape))}
         np.lib.format.write_array_header_1_0(stream, head)
-        for start in range(0, total, _CHUNK):
-            count = min(_CHUNK, total - start)
+        chunk = max(1, _CHUNK_BYTES // (height * width * 4))
+        for start in range(0, total, chunk):
+            count = min(chunk, total - start)
             rgba = np.frombuffer(source.read(count * height * width * 4), np.uint8).reshape(count, height, width, 4)
             stream.write(decode.flatten(rgba, channels, colour).transpose(0, 3, 1, 2).tobytes())
     raw.unlink()

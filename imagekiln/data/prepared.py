@@ -42,7 +42,7 @@ PROPOSALS = "proposals.csv"
 
 _SURVEY = "survey"
 _BLOCK = 1024
-_SHAPING = ("size", "channels", "fit", "background", "frames", "repair", "caption_encoding")
+_SHAPING = ("size", "channels", "fit", "background", "buckets", "frames", "repair", "caption_encoding")
 
 
 @dataclass
@@ -98,6 +98,7 @@ def prepare(
     nothing can be used, `DiskError` when `out` cannot be written.
     """
     decode.colour(config.background)
+    pixels.require_size(config)
     unchanged = _up_to_date(sources, out, config, edits or Edits(), progress)  # what it held is let go before opening
     return open_prepared(out) if unchanged is None else unchanged
 
@@ -191,11 +192,11 @@ def _fill(
         channels: int = earlier.about["image_shape"][0]
     else:
         channels = config.channels or pixels.chosen_channels([survey.notes[index] for index in usable], notices)
-    images = folder / packed.FILES[0]
     fresh = np.array([index for index in usable if survey.names[index] not in known], np.int64)
     survey.places[usable] = np.arange(len(usable))
-    _write_images(images, folder / "pixels.raw", survey, fresh, known, earlier, (channels, *shape), config.background)
-    images_NCHW = np.load(images, mmap_mode="r", allow_pickle=False)
+    for name, its in pixels.kept((len(usable), channels, *shape), config).items():
+        _write_images(folder / f"{name}.npy", survey, fresh, known, earlier, its, config.background)
+    images_NCHW = np.load(folder / packed.FILES[0], mmap_mode="r", allow_pickle=False)
     with ThreadPoolExecutor(pixels.THREADS) as pool:
         hashing = pool.submit(measures.add_hashes, survey.measured, survey.thumbs)
         for part in pool.map(partial(_digest, survey, images_NCHW), np.split(fresh, range(_BLOCK, len(fresh), _BLOCK))):
@@ -220,7 +221,7 @@ def _look(
     pool: ThreadPoolExecutor,
     progress: ProgressFn | None,
 ) -> Survey:
-    """One look at every file that is not known; the pixels of the new ones go to `pixels.raw`, in order."""
+    """One look at every file that is not known; the pixels of the new ones go to `pixels.Raw`, in order."""
     total = len(found.pictures)
     thumbs = np.lib.format.open_memmap(folder / _SURVEY / "thumbs.npy", "w+", np.uint8, (total, THUMB, THUMB, 3))
     survey = Survey(
@@ -246,13 +247,13 @@ def _look(
                 survey.measured[index] = earlier.survey.measured[before]
                 thumbs[index] = earlier.survey.thumbs[before]
     see = partial(pixels.see, found, shape=shape, shaping=config, measure=True, repair=config.repair)
-    with (folder / "pixels.raw").open("wb") as stream:
+    with pixels.Raw(folder, config) as raw:
         results = pixels.in_order(pool, lambda index: see(found.pictures[index]), unknown)
         for done, (index, seen) in enumerate(results, 1 + total - len(unknown)):
             if isinstance(seen, str):
                 survey.reasons[index] = seen
             else:
-                stream.write(seen.pixels_HWA.tobytes())
+                raw.add(seen)
                 survey.notes[index], survey.measured[index], thumbs[index] = seen.notes, seen.measured, seen.thumb
             if progress is not None:
                 progress(done, total)
@@ -265,7 +266,6 @@ def _look(
 
 def _write_images(
     target: Path,
-    raw: Path,
     survey: Survey,
     fresh: np.ndarray,
     known: Mapping[str, int],
@@ -273,21 +273,22 @@ def _write_images(
     shape: tuple[int, ...],
     background: str,
 ) -> None:
-    """The array of all usable pictures: new ones from `raw`, the others from the earlier array."""
-    usable = survey.usable
+    """An array of all usable pictures: new ones from the raw file beside it, the others from the earlier array."""
+    usable, raw = survey.usable, target.with_suffix(".raw")
     if len(fresh) == len(usable):
-        pixels.write_images(raw, target, (len(usable), *shape), background)
+        pixels.write_images(raw, target, shape, background)
         return
     part = target.with_name("fresh.npy")
-    pixels.write_images(raw, part, (len(fresh), *shape), background)
+    pixels.write_images(raw, part, (len(fresh), *shape[1:]), background)
+    before_NCHW = np.load(earlier.folder / target.name, mmap_mode="r", allow_pickle=False) if earlier else None
     fresh_NCHW = np.load(part, mmap_mode="r", allow_pickle=False) if len(fresh) else None
-    images_NCHW = np.lib.format.open_memmap(target, "w+", np.uint8, (len(usable), *shape))
+    images_NCHW = np.lib.format.open_memmap(target, "w+", np.uint8, shape)
     order = {index: place for place, index in enumerate(fresh.tolist())}
     for place, index in enumerate(usable.tolist()):
         if fresh_NCHW is not None and index in order:
             images_NCHW[place] = fresh_NCHW[order[index]]
-        elif earlier is not None:
-            images_NCHW[place] = earlier.images_NCHW[earlier.survey.places[known[survey.names[index]]]]
+        elif earlier is not None and before_NCHW is not None:
+            images_NCHW[place] = before_NCHW[earlier.survey.places[known[survey.names[index]]]]
     images_NCHW.flush()
     part.unlink()
 
@@ -381,7 +382,9 @@ def _rewrite(earlier: Prepared, out: Path, config: PrepareConfig, edits: Edits) 
     seen = decisions.Seen(earlier.survey, earlier.images_NCHW.shape, facts, about["seen_notices"], unread)
 
     def write(folder: Path) -> None:
-        _take_over(out / packed.FILES[0], folder / packed.FILES[0])
+        for array in (packed.FILES[0], packed.BUCKETS):
+            if (out / array).is_file():
+                _take_over(out / array, folder / array)
         (folder / _SURVEY).mkdir()
         for file in (out / _SURVEY).iterdir():
             _take_over(file, folder / _SURVEY / file.name)

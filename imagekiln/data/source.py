@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from imagekiln.core import Batch, Source
+from imagekiln.data.buckets import Buckets
 
 NOTHING_HELD_OUT = "No pictures are held out: validation uses the training pictures."
 
@@ -28,7 +29,8 @@ class Table:
 
     images_NCHW: uint8, mapped from disk or in memory. labels: int64, `UNLABELLED` (-1) where unknown; without
     class names nothing is labelled. digests: see `digest`. captions: None where the set has none. places: int64, where
-    each picture lies in `images_NCHW`; None where that has the pictures of the set and no others, in order.
+    each picture lies in `images_NCHW`; None where that has the pictures of the set and no others, in order. buckets:
+    the same pictures in their own shapes, at the same places, where these are wanted.
     """
 
     images_NCHW: np.ndarray
@@ -38,6 +40,7 @@ class Table:
     files: Sequence[str]
     captions: Sequence[str | None] | None = None
     places: np.ndarray | None = None
+    buckets: Buckets | None = None
 
     @cached_property
     def pixels_NCHW(self) -> np.ndarray:
@@ -48,9 +51,13 @@ class Table:
 
 
 class MemmapSource:
-    """Some rows of a table of pictures, in order: the `Source` that training and validation read from."""
+    """Some rows of a table of pictures, in order: the `Source` that training and validation read from.
 
-    def __init__(self, table: Table, rows: np.ndarray) -> None:
+    shaped: read pictures in their own shapes, of which a batch has to have one; shapes_N2 says which, and is None
+        where all are of `image_shape`.
+    """
+
+    def __init__(self, table: Table, rows: np.ndarray, shaped: bool = False) -> None:
         _, channels, height, width = table.images_NCHW.shape
         self.image_shape = (channels, height, width)
         self.class_names = table.class_names
@@ -58,7 +65,9 @@ class MemmapSource:
         self.files: Sequence[str] = [table.files[row] for row in rows]
         told = table.captions
         self.captions: Sequence[str] | None = [told[row] or "" for row in rows] if told is not None else None
-        self._table, self._places = table, rows if table.places is None else table.places[rows]
+        self._table, self._rows, self._places = table, rows, rows if table.places is None else table.places[rows]
+        self._buckets = table.buckets if shaped else None
+        self.shapes_N2 = None if self._buckets is None else self._buckets.shapes_N2[self._places]
         self.labels_N = torch.from_numpy(table.labels[rows]) if table.class_names else None
         self.fingerprint = _fingerprint(table, rows)
 
@@ -68,8 +77,15 @@ class MemmapSource:
     def read(self, indices: Sequence[int]) -> Batch:
         """The pictures at these indices: images_BCHW uint8, labels_B int64 or None where nothing is labelled."""
         chosen = np.asarray(indices, np.int64)
-        images_BCHW = torch.from_numpy(self._table.pixels_NCHW[self._places[chosen]])
-        return Batch(images_BCHW, None if self.labels_N is None else self.labels_N[torch.from_numpy(chosen)])
+        places = self._places[chosen]
+        images_BCHW = self._table.pixels_NCHW[places] if self._buckets is None else self._buckets.read(places)
+        return Batch(
+            torch.from_numpy(images_BCHW), None if self.labels_N is None else self.labels_N[torch.from_numpy(chosen)]
+        )
+
+    def shaped(self) -> MemmapSource:
+        """The same pictures in their own shapes; as they are where these were not kept."""
+        return MemmapSource(self._table, self._rows, shaped=True)
 
 
 class Pictures(Source, Protocol):
@@ -130,6 +146,9 @@ def _fingerprint(table: Table, rows: np.ndarray) -> str:
     for row in rows:
         caption = (table.captions[row] or "") if table.captions is not None else ""
         line = f"{table.digests[row]}:{table.labels[row]}:{caption}\0"
+        if table.buckets is not None:
+            place = row if table.places is None else table.places[row]
+            line += "x".join(map(str, table.buckets.shapes_N2[place].tolist()))
         hasher.update(line.encode("utf-8", "surrogatepass"))
     return hasher.hexdigest()
 

@@ -30,8 +30,12 @@ READERS = 2
 """Threads that read ahead from shards: they hide waiting for the disk or the network, and change no batch."""
 
 
-def loader(data: DataConfig, source: Source, seed: int, batch: int, device: torch.device | str) -> Loader:
+def loader(
+    data: DataConfig, source: Source, seed: int, batch: int, device: torch.device | str, stretch: int = 0
+) -> Loader:
     """The batches that training sees: a pure function of (settings, source, seed, position).
+
+    stretch: pictures of a whole step, which have one shape (`imagekiln.data.buckets`); 0 = a batch.
 
     Raises `DataError` when the source is empty.
     """
@@ -41,7 +45,7 @@ def loader(data: DataConfig, source: Source, seed: int, batch: int, device: torc
     if isinstance(inner, ShardSource):
         made: Loader = Ahead(inner, seed, batch, device, flip, changed, readers=READERS)
     else:
-        made = Loader(inner, seed, batch, device, flip, changed)
+        made = Loader(inner, seed, batch, device, flip, changed, stretch)
     made.text = told.text if told else None
     return made
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from imagekiln.core import Batch
 from imagekiln.data import cache_folder, to_float
+from imagekiln.data.buckets import Buckets, in_groups
 from imagekiln.engine.run import Run, aside_of, disk_faults, write_whole
 
 BATCH, PIXELS = 64, 2**19
@@ -53,11 +55,15 @@ class Codec:
         self.model, self.data = model, data
         self.shift, self.scale = shift, scale
         self.image_shape: tuple[int, int, int] = model.family.image_shape
-        self.at_once = max(1, min(BATCH, PIXELS // (self.image_shape[1] * self.image_shape[2])))
         self.fingerprint = hashlib.blake2b(data, digest_size=16).hexdigest()
 
     def __deepcopy__(self, memo: Any) -> Codec:
         return self  # it does not change; a family's twin shares it
+
+    @property
+    def at_once(self) -> int:
+        """Pictures that are encoded or decoded at once."""
+        return max(1, min(BATCH, PIXELS // (self.image_shape[1] * self.image_shape[2])))
 
     def encode(self, images: Tensor) -> Tensor:
         """latents_BCHW float32 as a family learns them, of images_BCHW in [-1, 1]; on the codec's device."""
@@ -89,12 +95,11 @@ class Codec:
         write_whole(run.codec_path, self.data)
         write_whole(run.codec_scales_path, json.dumps({"shift": shift, "scale": scale}) + "\n")
 
-    def measure(self, raw_NCHW: np.ndarray) -> None:
-        """Take shift and scale from a training set's raw latents."""
-        parts = [raw_NCHW[start : start + 4096].astype(np.float64) for start in range(0, len(raw_NCHW), 4096)]
-        total = sum(part.size for part in parts)
-        shift = float(sum(part.sum() for part in parts) / total)
-        variance = float(sum(((part - shift) ** 2).sum() for part in parts) / total)
+    def measure(self, parts: Callable[[], Iterable[np.ndarray]]) -> None:
+        """Take shift and scale from a training set's raw latents. parts: gives all of them, part by part."""
+        total = sum(part.size for part in parts())
+        shift = float(sum(part.astype(np.float64).sum() for part in parts()) / total)
+        variance = float(sum(((part.astype(np.float64) - shift) ** 2).sum() for part in parts()) / total)
         self.shift, self.scale = shift, variance**0.5 or 1.0
 
     @property
@@ -114,13 +119,21 @@ class Codec:
 class Latents:
     """The latents of a source's pictures, after them those of the mirrored ones where there are any.
 
-    pictures: the source they were made of.
+    pictures: the source they were made of. raw_NCHW: as the autoencoder made them; of pictures in shapes of their own
+        as in `imagekiln.data.buckets`. shapes_N2: rows and columns of each, None where all are alike.
     """
 
     def __init__(self, pictures: Any, raw_NCHW: np.ndarray, codec: Codec) -> None:
         self.pictures, self.codec, self._raw_NCHW = pictures, codec, raw_NCHW
         self._copies = len(raw_NCHW) // max(1, len(pictures))
         self.image_shape: tuple[int, int, int] = raw_NCHW.shape[1:]
+        self._buckets: Buckets | None = None
+        self.shapes_N2: np.ndarray | None = None
+        if (shapes_N2 := getattr(pictures, "shapes_N2", None)) is not None:
+            side = math.isqrt(raw_NCHW.shape[-1])
+            self.image_shape = raw_NCHW.shape[1], side, side
+            self.shapes_N2 = np.tile(shapes_N2 // (pictures.image_shape[1] // side), (self._copies, 1))
+            self._buckets = Buckets(raw_NCHW, self.shapes_N2)
         self.num_classes, self.class_names = pictures.num_classes, pictures.class_names
         both = f"{pictures.fingerprint}:{codec.fingerprint}:{self._copies}"
         self.fingerprint = hashlib.blake2b(both.encode(), digest_size=16).hexdigest()
@@ -134,9 +147,16 @@ class Latents:
     def read(self, indices: Sequence[int]) -> Batch:
         """The latents at these indices: latents_BCHW float32 with mean 0 and standard deviation 1 over the set."""
         chosen = np.asarray(indices, np.int64)
-        raw_BCHW = torch.from_numpy(self._raw_NCHW[chosen].astype(np.float32))
+        raw_BCHW = self._raw_NCHW[chosen] if self._buckets is None else self._buckets.read(chosen)
         labels = None if self.labels_N is None else self.labels_N[torch.from_numpy(chosen)]
-        return Batch(self.codec.standard(raw_BCHW), labels)
+        return Batch(self.codec.standard(torch.from_numpy(raw_BCHW.astype(np.float32))), labels)
+
+    def parts(self) -> Iterator[np.ndarray]:
+        """All raw latents, a few thousand of one shape at a time."""
+        if self._buckets is not None:
+            yield from (self._buckets.read(rows) for rows in in_groups(self._buckets.shapes_N2, 4096))
+        else:
+            yield from (self._raw_NCHW[start : start + 4096] for start in range(0, len(self), 4096))
 
 
 def latents(codec: Codec, source: Any, mirrored: bool = False) -> Latents:
@@ -151,30 +171,36 @@ def latents(codec: Codec, source: Any, mirrored: bool = False) -> Latents:
     path = cache_folder() / "latents" / f"{key}.npy"
     if not path.is_file():
         _encode_all(codec, source, path, mirrored)
-    raw_NCHW = np.load(path, mmap_mode="r", allow_pickle=False)
+    made = Latents(source, np.load(path, mmap_mode="r", allow_pickle=False), codec)
     if codec.scale is None:
-        codec.measure(raw_NCHW)
-    return Latents(source, raw_NCHW, codec)
+        codec.measure(made.parts)
+    return made
 
 
 def _encode_all(codec: Codec, source: Any, path: Path, mirrored: bool) -> None:
-    """Write the latents of every picture, then those of the mirrored ones: (N, C, H, W) float16."""
-    count = len(source)
+    """Write the latents of every picture, then those of the mirrored ones: (N, C, H, W) float16, or (N, C, 1, P) of
+    pictures in shapes of their own."""
+    count, shapes_N2 = len(source), getattr(source, "shapes_N2", None)
+    groups = in_groups(np.zeros((count, 2), np.int64) if shapes_N2 is None else shapes_N2, codec.at_once)
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = aside_of(path)
         try:
-            rows = None
+            stored = None
             for copy in range(1 + mirrored):
-                for start in range(0, count, codec.at_once):
-                    images = to_float(source.read(range(start, min(count, start + codec.at_once))).images)
+                for group in groups:
+                    images = to_float(source.read(group.tolist()).images)
                     raw = codec.raw(images.flip(-1) if copy else images).cpu().numpy().astype(np.float16)
-                    if rows is None:
+                    if shapes_N2 is not None:
+                        side = source.image_shape[1] // (images.shape[2] // raw.shape[2])
+                        raw = raw.reshape(*raw.shape[:2], 1, -1)
+                        raw = np.pad(raw, ((0, 0), (0, 0), (0, 0), (0, side * side - raw.shape[-1])))
+                    if stored is None:
                         shape = (count * (1 + mirrored), *raw.shape[1:])
-                        rows = np.lib.format.open_memmap(aside, "w+", np.float16, shape)
-                    rows[copy * count + start : copy * count + start + len(raw)] = raw
-            if rows is not None:
-                rows.flush()
+                        stored = np.lib.format.open_memmap(aside, "w+", np.float16, shape)
+                    stored[copy * count + group] = raw
+            if stored is not None:
+                stored.flush()
             os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)

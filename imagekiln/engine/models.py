@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,6 +163,31 @@ def guide_by(model: Model, path: str | Path | None, options: Any) -> None:
     if options.guidance == 1:
         raise UsageError(f"{where}: a guidance of 1 is none. Give --guidance, for example 2.")
     family.guide = other
+
+
+def draw_as(model: Model, shape: str | None) -> None:
+    """Let a model draw pictures of another shape. shape: height and width in pixels, such as "96x64"; None = its own.
+
+    Raises:
+        UsageError: it is not written so, or the model draws one shape only.
+    """
+    if shape is None:
+        return
+    family, where = model.family, f"--shape {shape}"
+    if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", shape):
+        raise UsageError(f"{where}: expected height and width in pixels, such as 96x64.")
+    height, width = map(int, shape.split("x"))
+    factor = family.picture_shape[1] // family.image_shape[1]
+    if height % factor or width % factor:
+        raise UsageError(f"{where}: the latents of this model stand for {factor}x{factor} pixels. Give multiples.")
+    if not family.fits(height // factor, width // factor):
+        own = "x".join(map(str, family.picture_shape[1:]))
+        raise UsageError(f"{where}: this {family.config.name} model draws pictures of {own} only. Leave --shape out.")
+    for one in (family, family.guide):
+        if one is not None:
+            one.image_shape = one.image_shape[0], height // factor, width // factor
+    if family.codec is not None:
+        family.codec.image_shape = family.codec.image_shape[0], height, width
 
 
 def _drawn(family: Family) -> tuple[Any, ...]:

@@ -35,7 +35,7 @@ from imagekiln.engine import pictures
 from imagekiln.engine.generate import asked_for, in_parts, pictured
 from imagekiln.engine.latents import StyleSpace
 from imagekiln.engine.models import Model, open_model
-from imagekiln.engine.run import Run, disk_faults, write_whole
+from imagekiln.engine.run import Run, made_folder, write_whole
 from imagekiln.errors import UsageError
 from imagekiln.metrics import RandomConv
 from imagekiln.metrics.features import SMALLEST_SIDE
@@ -402,8 +402,7 @@ def _write(folder: Path, model: Model, target: Tensor, result: Projected) -> Wri
     images = {"original": target, "projection": result.image, "difference": difference}
     names = [*images, "sheet"]
     files = {name: folder / f"{name}.png" for name in names} | {"latent": folder / "latent.safetensors"}
-    with disk_faults(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    made_folder(folder)
     for name, image in images.items():
         pictures.write(pictures.to_picture(image), files[name])
     pictures.write(pictures.grid(torch.stack(list(images.values())), len(images)), files["sheet"])

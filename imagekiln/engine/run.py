@@ -39,6 +39,14 @@ def disk_faults(path: Path) -> Iterator[None]:
         raise DiskError(f"{path} could not be written: {what}.") from error
 
 
+def made_folder(path: str | Path) -> Path:
+    """The folder at this path, made where there is none. Raises `DiskError` when it cannot be."""
+    folder = Path(path)
+    with disk_faults(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def write_whole(path: Path, data: bytes | str) -> None:
     """Write a file so that it is there whole or not at all: aside, fsync, rename.
 

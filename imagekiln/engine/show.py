@@ -20,7 +20,7 @@ from imagekiln.core import Batch, Source, mix
 from imagekiln.data import Loader, load, to_uint8
 from imagekiln.data.augment import draw
 from imagekiln.engine import augment, device, pictures
-from imagekiln.engine.run import disk_faults, write_whole
+from imagekiln.engine.run import made_folder, write_whole
 
 MOST_SHOWN = 64
 """Pictures of a larger batch that are shown."""
@@ -35,14 +35,14 @@ def batches(recipe: Recipe, source: Source, position: int = 0) -> tuple[Batch, B
     train = recipe.train
     seed, size = mix(train.seed, 0), train.batch // min(train.accumulate, train.batch)
     where = device.choose(train.device)
-    after = augment.loader(recipe.data, source, seed, size, where)
-    return Loader(source, seed, size, where).batch(position), after.batch(position)
+    after = augment.loader(recipe.data, source, seed, size, where, train.batch)
+    return Loader(source, seed, size, where, stretch=train.batch).batch(position), after.batch(position)
 
 
 def write(
     recipe: Recipe,
     out: Path,
-    source: Source | None = None,
+    source: Any = None,
     position: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -54,9 +54,10 @@ def write(
         DataError: there are no pictures. UsageError: no such data or device. DiskError: `out` cannot be written.
     """
     source = source if source is not None else load(recipe.data, progress=progress).train
+    if recipe.data.buckets:
+        source, position = source.shaped(), position - position % recipe.train.batch  # a step holds one shape
     before, after = (to_uint8(batch.images[:MOST_SHOWN]).cpu() for batch in batches(recipe, source, position))
-    with disk_faults(out):
-        out.mkdir(parents=True, exist_ok=True)
+    made_folder(out)
     columns = pictures.columns_for(len(before), 0)
     pairs = torch.stack([before, after], dim=1).flatten(0, 1)
     for name, images, width in (("before", before, columns), ("after", after, columns), ("batch", pairs, 2 * columns)):
@@ -69,7 +70,7 @@ def write(
 def _told(recipe: Recipe, source: Source, position: int, images_BCHW: Tensor) -> list[dict[str, Any]]:
     """One entry a picture; what is not known of it is left out."""
     data, seed, count = recipe.data, mix(recipe.train.seed, 0), len(images_BCHW)
-    loader = augment.loader(data, source, seed, count, "cpu")
+    loader = augment.loader(data, source, seed, count, "cpu", recipe.train.batch)
     indices = loader.order(position, count).tolist()
     labels = source.read(indices).labels
     files, captions = getattr(source, "files", None), getattr(source, "captions", None)

@@ -475,8 +475,9 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def _make_loader(self) -> None:
-        seed, batch = mix(self.config.seed, self.state.attempt), self.config.batch // self.state.accumulate
-        self.loader = augment.loader(self.recipe.data, self.train_source, seed, batch, self.device)
+        seed, whole = mix(self.config.seed, self.state.attempt), self.config.batch
+        data, batch = self.recipe.data, whole // self.state.accumulate
+        self.loader = augment.loader(data, self.train_source, seed, batch, self.device, whole)
 
     def _compile(self) -> None:
         """Compile the trained modules in place; what does not compile runs as it is."""

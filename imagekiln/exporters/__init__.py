@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from imagekiln.engine.models import open_model
-from imagekiln.engine.run import Run, disk_faults, write_whole
+from imagekiln.engine.run import Run, made_folder, write_whole
 from imagekiln.errors import UsageError, did_you_mean
 
 
@@ -30,8 +30,7 @@ def write(run: Run, to: str, out: Path) -> dict[str, Any]:
     if to not in names():
         raise UsageError(f"--to {to!r}: no such format. {did_you_mean(to, names())}")
     model = open_model(run, device="cpu")
-    with disk_faults(out):
-        out.mkdir(parents=True, exist_ok=True)
+    made_folder(out)
     receipt: dict[str, Any] = importlib.import_module(f"imagekiln.exporters.{to}").write(model, out)
     write_whole(out / "receipt.json", json.dumps(receipt, indent=2) + "\n")
     return receipt

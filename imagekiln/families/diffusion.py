@@ -156,6 +156,9 @@ class Diffusion(Family):
     def noise_shape(self) -> tuple[int, ...]:
         return self.image_shape
 
+    def fits(self, rows: int, columns: int) -> bool:
+        return True
+
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
         """Held-out pictures with noise of `DENOISING_SIGMA` added and taken away again, labels hidden."""

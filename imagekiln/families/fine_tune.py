@@ -219,6 +219,10 @@ class FineTune(Family):
     def noise_shape(self) -> tuple[int, ...]:
         return self.image_shape
 
+    def fits(self, rows: int, columns: int) -> bool:
+        """Any shape that the pretrained network takes; pictures drawn for DreamBooth are of one."""
+        return super().fits(rows, columns) or (not self.config.prior.prompt and self.base.fits(rows, columns))
+
     def denoiser(self, tokens_BL: Tensor) -> samplers.Denoiser:
         """The clean latents expected behind noisy ones, told these words."""
         words = self._words(tokens_BL)
@@ -232,7 +236,8 @@ class FineTune(Family):
 
     def _answer(self, z: Tensor, sigma_B: Tensor, words: Words) -> Tensor:
         self._use()
-        size = self.picture_shape[1], self.picture_shape[2]
+        factor = self.picture_shape[1] // self.image_shape[1]
+        size = z.shape[2] * factor, z.shape[3] * factor
         return self.base.answer(self._network("denoiser"), z, self.path.time(sigma_B), words, size)
 
     def _words(self, tokens_BL: Tensor) -> Words:

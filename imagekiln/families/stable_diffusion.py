@@ -154,6 +154,11 @@ class StableDiffusion(Family):
     def noise_shape(self) -> tuple[int, ...]:
         return self.image_shape
 
+    def fits(self, rows: int, columns: int) -> bool:
+        return self.config.denoiser == "unet" or super().fits(
+            rows, columns
+        )  # the transformer knows its places by heart
+
     def _error(self, x: Tensor, sigma_B: Tensor, tokens_BL: Tensor) -> Tensor:
         """Squared error of what the network answers to x with this much noise, of the shape of x."""
         eps = torch.randn_like(x)

@@ -172,6 +172,14 @@ class Pretrained:
 
     # -- pictures -----------------------------------------------------------------------------------------------------
 
+    def fits(self, rows: int, columns: int) -> bool:
+        """Whether the denoiser takes latents of so many rows and columns; a transformer has a table of places."""
+        config = self.networks()["denoiser"].config
+        if self.kind != "sd3":
+            return True
+        patch = config.patch_size
+        return rows % patch == columns % patch == 0 and max(rows, columns) <= patch * config.pos_embed_max_size
+
     def answer(self, net: Any, z_BCHW: Tensor, time_B: Tensor, words: Words, size: tuple[int, int]) -> Tensor:
         """What a denoiser of this layout answers, of the shape of z.
 

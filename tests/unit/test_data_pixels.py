@@ -15,7 +15,7 @@ from imagekiln.data import decode, pixels
 def test_the_array_is_the_flattened_pixels(
     channels: int, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pixels, "_CHUNK", 2)
+    monkeypatch.setattr(pixels, "_CHUNK_BYTES", 2 * 3 * 5 * 4)
     rgba = np.random.default_rng(0).integers(0, 256, (count, 3, 5, 4), dtype=np.uint8)
     raw, target = tmp_path / "pixels.raw", tmp_path / "images.npy"
     raw.write_bytes(rgba.tobytes())
