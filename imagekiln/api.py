@@ -102,7 +102,8 @@ def prepare(
     config = parse(datasets.PrepareConfig, override(merge(before, settings), assignments), "prepare")
     known = datasets.published(sources[0]) if len(sources) == 1 else None
     if known is not None:
-        shaping = config.model_dump(include={"size", "channels", "fit", "background", "validation_fraction"})
+        kept = {"size", "channels", "fit", "background", "buckets", "validation_fraction"}
+        shaping = config.model_dump(include=kept)
         return datasets.write_published(*known, DataConfig(**shaping), folder)
     edits = datasets.Edits(tuple(restore), tuple(drop))
     prepared = datasets.prepare(sources, folder, config, edits=edits, progress=progress)
@@ -112,7 +113,7 @@ def prepare(
     if report and not page.is_file():  # a set that was changed is a new folder, without the page of the old one
         prepared_page.write(prepared, page)
     del prepared  # what a set of 100,000 pictures is told by twice would be felt
-    return datasets.load(DataConfig(path=str(folder)))
+    return datasets.load(DataConfig(path=str(folder), buckets=config.buckets))
 
 
 def _with_proposed_labels(

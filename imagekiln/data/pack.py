@@ -53,20 +53,21 @@ def load(data: DataConfig, cache: Path | None = None, progress: ProgressFn | Non
     if packed.is_packed(path):
         return packed.open_packed(path, data)
     if shard_index.is_set(path) or (webdataset.is_address(data.path) and not data.path.endswith(TAR_SUFFIXES)):
-        return _sharded(_square(data))
+        _require_squares(data, data.path)
+        return _sharded(data)
     if (known := published(data.path, cache)) is not None:
-        return _published(*known, _square(data))
+        _require_squares(data, data.path)
+        return _published(*known, data)
     return _pictures(path, data, cache, progress)
 
 
-def _square(data: DataConfig) -> DataConfig:
+def _require_squares(data: DataConfig, name: str) -> None:
     """Raises `UsageError` where proportions are to be kept of pictures that are all of one shape."""
     if data.buckets:
         raise UsageError(
-            f"data.buckets keeps the proportions of pictures, and those of {data.path} are all of one shape. Leave it "
-            "out, or name a folder of pictures."
+            f"buckets: proportions are to be kept, and the pictures of {name} are all of one shape. Leave it out, or "
+            "name a folder of pictures."
         )
-    return data
 
 
 def published(source: str, cache: Path | None = None) -> tuple[str, builtin.Arrays] | None:
@@ -81,8 +82,10 @@ def published(source: str, cache: Path | None = None) -> tuple[str, builtin.Arra
 def write_published(name: str, arrays: builtin.Arrays, data: DataConfig, out: Path) -> Dataset:
     """Pack a published set into the folder `out`, which is DATA from then on, and open it.
 
-    Raises `UsageError` when `out` holds something already, `DiskError` when it cannot be written.
+    Raises `UsageError` when `out` holds something already or `data.buckets` is set, `DiskError` when it cannot be
+    written.
     """
+    _require_squares(data, name)
     if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise UsageError(f"{out} is not an empty folder. Give --out a new one.")
     try:

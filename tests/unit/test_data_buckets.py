@@ -210,6 +210,8 @@ def test_shapes_need_a_size_and_pictures_that_have_some(photos: Path, tmp_path: 
         prepare([str(photos)], tmp_path / "set", PrepareConfig(buckets=True))
     with pytest.raises(UsageError, match="all of one shape"):
         load(DataConfig(path="builtin:digits", size=16, buckets=True))
+    with pytest.raises(UsageError, match="digits are all of one shape"):
+        imagekiln.prepare("builtin:digits", tmp_path / "digits", size=16, buckets=True)
 
 
 # -- how they are learned ---------------------------------------------------------------------------------------------
