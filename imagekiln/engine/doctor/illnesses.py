@@ -126,13 +126,13 @@ def mode_collapse(history: History) -> Evidence | None:
 def mode_drop(history: History) -> Evidence | None:
     """Kinds that make up a quarter of the real pictures are missing, and were not or should have come by now.
 
-    The first fifth of a run finds the kinds, and they come and go.
+    Three looks long, because a kind comes and goes; the first fifth of a run finds them.
     """
-    last, values = history.last("drawn/missing", 2), history.values("drawn/missing")
+    last, values = history.last("drawn/missing", 3), history.values("drawn/missing")
     if last is None or min(last) < 0.25 or mode_collapse(history):
         return None
-    known = _settled(values[:-2])
-    lost = history.fraction >= 0.2 and known < 0.4 and min(last) >= known + 0.18
+    known = _settled(values[:-3], 3)
+    lost = history.fraction >= 0.2 and known < 0.4 and min(last) >= known + 0.2
     stuck = history.fraction >= 0.5 and len(values) >= 5 and min(last) >= 0.5 and last[-1] >= values[-5]
     return {"missing": last[-1]} if lost or stuck else None
 
@@ -256,9 +256,9 @@ def leaking_augmentation(history: History) -> Evidence | None:
     return None
 
 
-def _settled(values: Sequence[float]) -> float:
-    """The lowest level that held for two looks."""
-    return min((max(pair) for pair in pairwise(values)), default=math.inf)
+def _settled(values: Sequence[float], looks: int = 2) -> float:
+    """The lowest level that held for so many looks."""
+    return min((max(values[end - looks : end]) for end in range(looks, len(values) + 1)), default=math.inf)
 
 
 def _gap(history: History, critic: str) -> list[float]:

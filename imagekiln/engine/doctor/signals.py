@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from imagekiln.core import UNLABELLED, Source
+from imagekiln.core import UNLABELLED, Source, mix
 from imagekiln.data import to_float
 
 SIDE = 16
 MOST_REAL = 1024
 """Real pictures that drawn ones are compared with."""
 
-KINDS, ROUNDS = 10, 10
-"""Groups the real pictures are divided into, and rounds of k-means that find them."""
+KINDS, ROUNDS, STARTS = 10, 10, 4
+"""Groups the real pictures are divided into, rounds of k-means that find them, and starts of which the best is kept."""
 
 RARE = 0.2
 """A kind drawn less than this share as often as it is among real pictures is missing (after NDB, Richardson and Weiss
@@ -162,8 +162,26 @@ def _pairs(rows_ND: Tensor, labels_N: Tensor | None, alike: bool) -> Tensor:
 
 
 def _centres(rows_MD: Tensor) -> Tensor:
-    """Lloyd's algorithm from evenly spaced rows."""
-    centres_KD = rows_MD[:: max(1, len(rows_MD) // KINDS)][:KINDS].clone()
+    """The best of a few runs of Lloyd's algorithm, each from starts that lie apart."""
+    tried = [_lloyd(rows_MD, _apart(rows_MD, mix("kinds", start))) for start in range(STARTS)]
+    return min(tried, key=lambda centres_KD: float(torch.cdist(rows_MD, centres_KD).min(1).values.square().sum()))
+
+
+def _apart(rows_MD: Tensor, seed: int) -> Tensor:
+    """Rows to start from, each drawn by its squared distance from those before (k-means++, Arthur and Vassilvitskii
+    2007): starts that lie together would leave groups of pictures without one."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = [int(torch.randint(len(rows_MD), (1,), generator=generator))]
+    while len(chosen) < min(KINDS, len(rows_MD)):
+        square_M = torch.cdist(rows_MD, rows_MD[chosen]).min(1).values.double().square()
+        if float(square_M.sum()) == 0:
+            break
+        chosen.append(int(torch.multinomial(square_M, 1, generator=generator)))
+    return rows_MD[chosen]
+
+
+def _lloyd(rows_MD: Tensor, centres_KD: Tensor) -> Tensor:
+    """Lloyd's algorithm."""
     for _ in range(ROUNDS):
         index_M = torch.cdist(rows_MD, centres_KD).argmin(1)
         count_K1 = torch.bincount(index_M, minlength=len(centres_KD))[:, None]
