@@ -119,6 +119,8 @@ def write(folder: Path, seen: Seen, config: PrepareConfig, edits: Edits, sides_b
     for row in rows:
         if row["file_name"] in proposed:
             row["label_from"] = "proposed"
+    if config.buckets:
+        notices.append(packed.shapes_kept(rows))
     unusable = [(name, why) for name, why in zip(survey.names, survey.reasons, strict=True) if why]
     left_out: list[tuple[str, ...]] = [*seen.unread, *unusable]
     left_out += [(survey.names[index], *reason) for index, reason in sorted(reasons.items())]

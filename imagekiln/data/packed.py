@@ -79,9 +79,8 @@ def open_packed(folder: Path, wanted: Wanted) -> Dataset:
         _buckets(folder, rows, images_NCHW.shape) if wanted.buckets else None,
     )
     notices, left_out = [str(notice) for notice in about.get("notices", [])], read_left_out(folder)
-    if wanted.buckets:
-        counts = Counter("x".join(map(str, row["shape"])) for row in rows).most_common()
-        notices.append(f"Pictures keep their shapes: {', '.join(f'{shape} ({count:,})' for shape, count in counts)}.")
+    if wanted.buckets and (kept := shapes_kept(rows)) not in notices:
+        notices.append(kept)
     name = str(about.get("name", folder.name))
     if not all("split" in row for row in rows):
         return dataset(name, table, split(table.digests, wanted.validation_fraction), notices, left_out)
@@ -107,6 +106,16 @@ def _buckets(folder: Path, rows: Sequence[Mapping[str, Any]], shape: tuple[int, 
     if not sound or shapes_N2.min() < 1 or shapes_N2.prod(1).max() > height * width:
         raise DataError(f"The prepared set {folder} does not fit together. Prepare it again.")
     return Buckets(flat_NC1P, shapes_N2)
+
+
+def shapes_kept(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A sentence about the shapes of pictures.
+
+    >>> shapes_kept([{"shape": (64, 64)}, {"shape": (80, 48)}, {"shape": (64, 64)}])
+    'Pictures keep their shapes: 64x64 (2), 80x48 (1).'
+    """
+    counts = Counter("x".join(map(str, row["shape"])) for row in rows).most_common()
+    return f"Pictures keep their shapes: {', '.join(f'{shape} ({count:,})' for shape, count in counts)}."
 
 
 def read_about(folder: Path) -> dict[str, Any]:
