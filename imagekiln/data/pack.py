@@ -16,7 +16,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -199,7 +198,7 @@ def _pack(found: scan.Found, data: DataConfig, folder: Path, progress: ProgressF
     pictures: list[scan.Picture] = []
     notes: list[frozenset[str]] = []
     shapes: list[buckets.Shape | None] = []
-    with warnings.catch_warnings(), ThreadPoolExecutor(pixels.THREADS) as pool, pixels.Raw(folder, data) as raw:
+    with warnings.catch_warnings(), pixels.workers() as pool, pixels.Raw(folder, data) as raw:
         warnings.simplefilter("ignore")  # what Pillow mutters about odd metadata is no concern of the user
         shape = (data.size, data.size) if data.size else pixels.chosen_shape(found, pool, notices)
         see = partial(pixels.see, found, shape=shape, shaping=data, measure=False)

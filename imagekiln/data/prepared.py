@@ -171,7 +171,7 @@ def _fill(
     notices = list(found.notices)
     (folder / _SURVEY).mkdir()
     known = _known(earlier, found, config)
-    with warnings.catch_warnings(), ThreadPoolExecutor(pixels.THREADS) as pool:
+    with warnings.catch_warnings(), pixels.workers() as pool:
         warnings.simplefilter("ignore")  # what Pillow mutters about odd metadata is no concern of the user
         if earlier is not None and known:
             shape: tuple[int, int] = tuple(earlier.about["image_shape"][1:])
@@ -197,7 +197,7 @@ def _fill(
     for name, its in pixels.kept((len(usable), channels, *shape), config).items():
         _write_images(folder / f"{name}.npy", survey, fresh, known, earlier, its, config.background)
     images_NCHW = np.load(folder / packed.FILES[0], mmap_mode="r", allow_pickle=False)
-    with ThreadPoolExecutor(pixels.THREADS) as pool:
+    with pixels.workers() as pool:
         hashing = pool.submit(measures.add_hashes, survey.measured, survey.thumbs)
         for part in pool.map(partial(_digest, survey, images_NCHW), np.split(fresh, range(_BLOCK, len(fresh), _BLOCK))):
             for index, content in part:
