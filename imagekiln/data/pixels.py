@@ -134,8 +134,8 @@ def require_size(shaping: Shaping) -> None:
 def workers() -> Iterator[ThreadPoolExecutor]:
     """A pool of `THREADS` threads that decode, and hand over to each other ten times as often as is usual.
 
-    Each computes for milliseconds outside of the interpreter, then for a part of one inside. Who comes back from outside
-    waits for up to the switch interval, 5 ms by default: a core was idle for a tenth of the time.
+    Each computes for milliseconds outside of the interpreter, then for a part of one inside. Who comes back from
+    outside waits for up to the switch interval, 5 ms by default: a core was idle for a tenth of the time.
     """
     before = sys.getswitchinterval()
     sys.setswitchinterval(before / 10)
