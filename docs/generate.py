@@ -212,6 +212,44 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
+def doctor(folder: Path = ROOT / "records") -> str:
+    """The newest record of how many planted illnesses were named."""
+    newest = _newest(folder)
+    return _shown_record("doctor", newest["doctor"]) if "doctor" in newest else NO_RECORDS
+
+
+_DIFFERENCE = re.compile(r"(\w+): (\w+), (.+) minus (.+) \((D = 0|best control)\): (win|tie|loss)")
+
+
+def langevin(folder: Path = ROOT / "records") -> str:
+    """Every method with noise of the newest record `langevin-tasks` beside the same without, and the best control."""
+    newest = _newest(folder)
+    if "langevin-tasks" not in newest:
+        return NO_RECORDS
+    record = newest["langevin-tasks"]
+    means = {row["what"]: row["value"] for row in record["rows"]}
+    cells: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in record["rows"]:
+        if match := _DIFFERENCE.fullmatch(row["what"]):
+            task, metric, method, other, kind, verdict = match.groups()
+            beside = f"{_number(means[f'{task}: {metric}, {other}'])} {other}: {verdict}"
+            cells.setdefault((task, metric, method), {})[kind] = beside
+    rows = [
+        (
+            task,
+            metric,
+            f"{_number(means[f'{task}: {metric}, {method}'])} {method}",
+            found["D = 0"],
+            found["best control"],
+        )
+        for (task, metric, method), found in cells.items()
+    ]
+    titles = "; ".join(f"{name}: {task['title']}" for name, task in record["facts"]["tasks"].items())
+    origin = f"{titles}. `{record['command']}`, {record['date'][:10]}."
+    head = ("task", "measure", "with noise", "without (D = 0)", "strongest control")
+    return f"{table(head, rows)}\n\n{origin} {' '.join(record['notes'])}"
+
+
 # -- the code ---------------------------------------------------------------------------------------------------------
 
 
@@ -313,6 +351,8 @@ PARTS = {
     "settings": settings,
     "power": power,
     "league": league,
+    "doctor": doctor,
+    "langevin": langevin,
 }
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Shapes: N pictures, B of them, C channels, H rows, W columns.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -53,11 +54,14 @@ class Table:
 class MemmapSource:
     """Some rows of a table of pictures, in order: the `Source` that training and validation read from.
 
-    shaped: read pictures in their own shapes, of which a batch has to have one; shapes_N2 says which, and is None
-        where all are of `image_shape`.
+    shapes_N2: height and width of each picture where pictures are read in their own shapes (`shaped`), of which a batch
+    has to have one; None where all are of `image_shape`.
     """
 
-    def __init__(self, table: Table, rows: np.ndarray, shaped: bool = False) -> None:
+    shapes_N2: np.ndarray | None = None
+    _buckets: Buckets | None = None
+
+    def __init__(self, table: Table, rows: np.ndarray) -> None:
         _, channels, height, width = table.images_NCHW.shape
         self.image_shape = (channels, height, width)
         self.class_names = table.class_names
@@ -65,9 +69,7 @@ class MemmapSource:
         self.files: Sequence[str] = [table.files[row] for row in rows]
         told = table.captions
         self.captions: Sequence[str] | None = [told[row] or "" for row in rows] if told is not None else None
-        self._table, self._rows, self._places = table, rows, rows if table.places is None else table.places[rows]
-        self._buckets = table.buckets if shaped else None
-        self.shapes_N2 = None if self._buckets is None else self._buckets.shapes_N2[self._places]
+        self._table, self._places = table, rows if table.places is None else table.places[rows]
         self.labels_N = torch.from_numpy(table.labels[rows]) if table.class_names else None
         self.fingerprint = _fingerprint(table, rows)
 
@@ -85,7 +87,12 @@ class MemmapSource:
 
     def shaped(self) -> MemmapSource:
         """The same pictures in their own shapes; as they are where these were not kept."""
-        return MemmapSource(self._table, self._rows, shaped=True)
+        if (buckets := self._table.buckets) is None:
+            return self
+        shaped = copy.copy(self)
+        shaped._buckets, shaped.shapes_N2 = buckets, buckets.shapes_N2[self._places]
+        shaped.fingerprint = hashlib.blake2b(f"shaped:{self.fingerprint}".encode(), digest_size=16).hexdigest()
+        return shaped
 
 
 class Pictures(Source, Protocol):

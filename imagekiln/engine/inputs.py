@@ -57,16 +57,17 @@ def begin(recipe: Recipe, dataset: Dataset, run: Run | None = None, *, rehearsal
     codec = named_codec(recipe.data, dataset, run)
     train: Any = dataset.train
     held_out: Any = dataset.validation
-    if recipe.data.buckets and not rehearsal:
-        train = train.shaped()
+    shaped = train.shaped() if recipe.data.buckets else None
+    if shaped is not None and not rehearsal:
+        train = shaped
     if codec is not None:  # the training set's come first: its scales are those of both
         made = _unmade if rehearsal else latents
         train, held_out = made(codec, train, recipe.data.flip), made(codec, held_out)
     torch.manual_seed(mix(recipe.train.seed, "initialisation"))
     family = recipes.build(recipe, train.image_shape, train.num_classes)
     family.codec = codec
-    if recipe.data.buckets:
-        _require_shapes(family, dataset.train)
+    if shaped is not None:
+        _require_shapes(family, shaped.shapes_N2)
     for field in family.companions:
         if path := getattr(recipe.family, field):
             family.companion[field] = _companion(f"family.{field}", path).family
@@ -91,10 +92,10 @@ def _unmade(codec: Codec, source: Source, mirrored: bool = False) -> Latents:
     return Latents(source, np.broadcast_to(one_1CHW, (len(source) * (1 + mirrored), *one_1CHW.shape[1:])), codec)
 
 
-def _require_shapes(family: Family, pictures: Any) -> None:
+def _require_shapes(family: Family, shapes_N2: np.ndarray) -> None:
     """Raises `RecipeError` where the family cannot learn all shapes of the training pictures."""
     factor = family.picture_shape[1] // family.image_shape[1]
-    for height, width in np.unique(pictures.shaped().shapes_N2, axis=0).tolist():
+    for height, width in np.unique(shapes_N2, axis=0).tolist():
         if height % factor or width % factor or not family.fits(height // factor, width // factor):
             raise RecipeError(
                 f"data.buckets: there are pictures of {height}x{width}, and this {family.config.name} model learns one "

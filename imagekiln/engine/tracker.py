@@ -65,14 +65,14 @@ class Console:
             return
         losses = "  ".join(f"{k.removesuffix('/loss')} {v:.4g}" for k, v in row.items() if k.endswith("/loss"))
         rate = row["img_per_sec"]
-        left_sec = (row["total_nimg"] - row["nimg"]) / rate if rate else 0.0
+        left_sec = max(0, row["total_nimg"] - row["nimg"]) / rate if rate else 0.0  # the last step may go beyond
         finish = time.strftime("%H:%M:%S", time.localtime(time.time() + left_sec))
         text = f"{rate:.0f} img/s  {losses}{self._validation}  {row['peak_mem_gb']:.1f} GB"
         if self._is_terminal():
             self._draw(row, f"{text}  ends {finish}")
         elif time.monotonic() - self._last_line_sec >= PLAIN_LINE_SEC:
             self._last_line_sec = time.monotonic()
-            share = row["nimg"] / row["total_nimg"]
+            share = min(1.0, row["nimg"] / row["total_nimg"])
             self._write(f"{share:4.0%}  {row['nimg']} images  {text}  {duration(left_sec)} left, ends {finish}")
 
     def say(self, sentence: str) -> None:

@@ -342,7 +342,7 @@ class Trainer:
 
     def _status(self, state: str, **more: Any) -> None:
         rate = more.get("img_per_sec") or 0.0
-        eta = (self.total_nimg - self.state.nimg) / rate if rate else None
+        eta = max(0, self.total_nimg - self.state.nimg) / rate if rate else None
         self.run.write_status(
             state=state,
             nimg=self.state.nimg,

@@ -285,6 +285,31 @@ def test_latents_keep_shapes_and_are_scaled_over_what_is_there(photos: Path, tmp
     assert {tuple(loader.batch(8 * turn).images.shape[2:]) for turn in range(12)} == {(12, 5), (8, 8), (6, 10)}
 
 
+def test_latents_in_shapes_and_of_squares_are_not_taken_for_each_other(photos: Path, tmp_path: Path) -> None:
+    """With nothing held out both sides have the same pictures, in shapes to learn from and in squares to judge by."""
+    small = {"train": {"total_kimg": 0.008, "batch": 8, "doctor": "off"}, "data": {"size": 16}}
+    coder = imagekiln.train(folding.__file__, data=photos, out=tmp_path / "coder", settings=small).path
+    wanted = made(photos, data={"codec": str(coder), "validation_fraction": 0})
+    dataset = load(wanted.data)
+    assert dataset.train is dataset.validation and dataset.train.shaped().fingerprint != dataset.train.fingerprint
+    _, train, held_out = inputs.begin(wanted, dataset)
+    everything = range(len(held_out))
+    assert held_out.read(everything).images.shape == (len(train), 12, 8, 8)
+    assert {tuple(train.read([index]).images.shape[2:]) for index in everything} == {(12, 5), (8, 8), (6, 10)}
+
+
+def test_a_model_of_latents_draws_other_shapes(photos: Path, tmp_path: Path) -> None:
+    small = {"train": {"total_kimg": 0.016, "batch": 8, "doctor": "off"}, "data": {"size": 16}}
+    coder = imagekiln.train(folding.__file__, data=photos, out=tmp_path / "coder", settings=small).path
+    data = {"size": 16, "buckets": True, "codec": str(coder)}
+    settings = small | {"data": data, "family": {"widths": [8, 16], "attention": [False, True]}}
+    run = imagekiln.train("diffusion", data=photos, out=tmp_path / "run", settings=settings)
+    wide = imagekiln.generate(run.path, 2, tmp_path / "wide", shape="12x20", steps=2)
+    assert [pixels_of(tmp_path, str(file)).shape for file in wide.pictures] == [(3, 12, 20)] * 2
+    with pytest.raises(UsageError, match="stand for 2x2 pixels"):
+        imagekiln.generate(run.path, 1, tmp_path / "odd", shape="13x20")
+
+
 def test_families_of_one_shape_say_so(photos: Path) -> None:
     for name in ("dcgan", "stable_diffusion"):
         wanted = made(photos, name)
