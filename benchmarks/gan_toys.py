@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import command
 import torch
 from gan_league import rates
+from quality_per_minute import Logbook, our_seconds
 from record import Row, this_command, write_record
 from torch import Tensor
 
@@ -44,7 +45,6 @@ from imagekiln.engine import pictures
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine.generate import draw
 from imagekiln.engine.run import Run, write_whole
-from imagekiln.engine.tracker import Silent
 from imagekiln.engine.trainer import Trainer
 from imagekiln.errors import Diverged, RecipeError
 from imagekiln.metrics import Statistics, nearest
@@ -303,7 +303,7 @@ def trainer_of(recipe: Recipe, toy: Toy, folder: Path) -> Trainer:
         source, held_out = toy.source(TRAINING, seed, True), toy.source(HELD_OUT, seed + 1_000_000, True)
         family = recipes.build(recipe, source.image_shape, source.num_classes)
     run = Run.create(folder, write_toml(recipe), {"average": recipe.train.averages[0].name})
-    return Trainer(recipe, family, source, held_out, run, Silent())
+    return Trainer(recipe, family, source, held_out, run, Logbook(run, folder.name))
 
 
 def outcome(options: argparse.Namespace, toy: str, family: str, doctor: str, seed: int) -> dict[str, float]:
@@ -330,7 +330,7 @@ def outcome(options: argparse.Namespace, toy: str, family: str, doctor: str, see
         "acts": sum("act" in event for event in events),
         "share_trained": trainer.state.nimg / trainer.total_nimg,
         "diverged": float(diverged),
-        "seconds": trainer.state.train_sec,
+        "seconds": our_seconds(trainer.run)["cpu"],
     }
     found = TOYS[toy].judge(images) | facts
     write_whole(file, json.dumps(found) + "\n")
@@ -356,7 +356,7 @@ def record_rows(found: Found, real: Mapping[str, Mapping[str, float]], seeds: Se
                 what = f"{toy}, {family}, doctor {doctor}"
                 for name in real[toy]:
                     rows.append(Row.of(f"{what}, {name}", [run[name] for run in runs], UNITS[name], seeds, n))
-                rows.append(Row.of(f"{what}, training", [run["seconds"] for run in runs], "s", seeds))
+                rows.append(Row.of(f"{what}, training (processor)", [run["seconds"] for run in runs], "s", seeds))
             if set(DOCTORS) <= set(by_doctor):
                 pairs = list(zip(by_doctor["act"], by_doctor["off"], strict=True))
                 acts = [run["acts"] for run in by_doctor["act"]]

@@ -368,8 +368,9 @@ def record(plan: Plan, found: Sequence[Comparison], said: Sequence[str], left: i
     if left:
         notes.append(f"{left} trainings or more are missing: methods are compared over the seeds both have.")
     trained = [row for task in plan.tasks for row in plan.store.rows.values() if row["task"] == task.name]
+    names = [task.name for task in plan.tasks]
     return write_record(
-        "langevin-tasks",
+        "-".join(["langevin-tasks", *(names if set(names) < set(TASKS) else ())]),
         this_command(),
         rows_of(plan, found),
         notes=notes,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -222,32 +223,46 @@ _DIFFERENCE = re.compile(r"(\w+): (\w+), (.+) minus (.+) \((D = 0|best control)\
 
 
 def langevin(folder: Path = ROOT / "records") -> str:
-    """Every method with noise of the newest record `langevin-tasks` beside the same without, and the best control."""
-    newest = _newest(folder)
-    if "langevin-tasks" not in newest:
-        return NO_RECORDS
-    record = newest["langevin-tasks"]
-    means = {row["what"]: row["value"] for row in record["rows"]}
-    cells: dict[tuple[str, str, str], dict[str, str]] = {}
-    for row in record["rows"]:
-        if match := _DIFFERENCE.fullmatch(row["what"]):
-            task, metric, method, other, kind, verdict = match.groups()
-            beside = f"{_number(means[f'{task}: {metric}, {other}'])} {other}: {verdict}"
-            cells.setdefault((task, metric, method), {})[kind] = beside
-    rows = [
-        (
-            task,
-            metric,
-            f"{_number(means[f'{task}: {metric}, {method}'])} {method}",
-            found["D = 0"],
-            found["best control"],
-        )
-        for (task, metric, method), found in cells.items()
-    ]
-    titles = "; ".join(f"{name}: {task['title']}" for name, task in record["facts"]["tasks"].items())
-    origin = f"{titles}. `{record['command']}`, {record['date'][:10]}."
+    """Of every task and measure the best method with noise, beside the same without and the strongest control.
+
+    A record may hold some of the tasks; each is shown from the newest that has it.
+    """
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from langevin_tasks import TASKS
+
+    records = [record for name, record in _newest(folder).items() if name.startswith("langevin-tasks")]
+    rows, titles = [], []
+    for name, task in TASKS.items():
+        if (record := next((one for one in reversed(records) if name in one["facts"]["tasks"]), None)) is None:
+            continue
+        rows += [
+            (name, measure, *_best(record, name, measure, metric.lower)) for measure, metric in task.metrics.items()
+        ]
+        titles.append(f"- {name}: {task.title}. {_counted(record, name)}")
     head = ("task", "measure", "with noise", "without (D = 0)", "strongest control")
-    return f"{table(head, rows)}\n\n{origin} {' '.join(record['notes'])}"
+    notes = list(dict.fromkeys(note for record in records for note in record["notes"]))
+    notes += [f"`{record['command']}`, {record['date'][:10]}." for record in records]
+    return "\n\n".join([table(head, rows), "\n".join(titles), " ".join(notes)]) if rows else NO_RECORDS
+
+
+def _best(record: Mapping[str, Any], task: str, measure: str, lower: bool) -> tuple[str, str, str]:
+    """The method with noise that has the best mean, and what came of comparing it."""
+    means = {row["what"]: row["value"] for row in record["rows"]}
+    found: dict[str, dict[str, str]] = {}
+    for row in record["rows"]:
+        match = _DIFFERENCE.fullmatch(row["what"])
+        if match and match.groups()[:2] == (task, measure):
+            _, _, method, other, kind, verdict = match.groups()
+            found.setdefault(method, {})[kind] = f"{_number(means[f'{task}: {measure}, {other}'])} {other}: {verdict}"
+    mean = {method: means[f"{task}: {measure}, {method}"] for method in found}
+    best = (min if lower else max)(mean, key=mean.__getitem__)
+    return f"{_number(mean[best])} {best}", found[best]["D = 0"], found[best]["best control"]
+
+
+def _counted(record: Mapping[str, Any], task: str) -> str:
+    """Wins, ties and losses of all methods with noise in all measures."""
+    counts = record["facts"]["verdicts_by_task"][task]
+    return f"Against D = 0 {counts['D = 0']}; against the strongest control {counts['best control']}."
 
 
 # -- the code ---------------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def test_settings_are_chosen_then_seeds_are_trained_and_nothing_twice(
     plan = benchmark.Plan([benchmark.TASKS["x"]], benchmark.Store(benchmark.Places(store=tmp_path)), 5, False)
     name, rows, facts = benchmark.record(plan, benchmark.comparisons(plan, plan.tasks[0]), ["said"], 0)
     by_what = {row.what: row for row in rows}
-    assert name == "langevin-tasks" and facts["chosen"]["x: noisy (last)"] == {"b": 3, "c": 0.0}
+    assert name == "langevin-tasks-x" and facts["chosen"]["x: noisy (last)"] == {"b": 3, "c": 0.0}
     assert by_what["x: loss, plain (last)"].raw == pytest.approx([0.0, 0.01, 0.02, 0.03, 0.04])
     assert by_what["x: loss, plain (last)"].value == pytest.approx(statistics.fmean([0.0, 0.01, 0.02, 0.03, 0.04]))
     assert all(math.isfinite(row.value) for row in rows)
