@@ -10,6 +10,9 @@ was trained on the real pictures and shares nothing with the model (`emoji_match
   group   the name that fits best among all names of the training set is of the concept's group (Food & Drink, ...).
           No classifier of groups: so the answer is a name that can be looked at, and nothing else had to be learned.
 
+A model with a phrasebook (`data.phrasebook`) draws what it understands, as `generate` does, and the words as they are
+written beside; how many prompts were understood as the concept's name is counted, too.
+
 The same matcher also judges real pictures: changed ones, coarse ones, what the codec makes of them, and pictures that
 it has never seen (their names then stand among themselves). Wrong names for what was drawn give the floor. Intervals
 are Wilson's with 95 %, and the concept is the unit: pictures of one concept are not independent.
@@ -238,11 +241,12 @@ def cost(run: Run) -> dict[str, float]:
     return {f"training, {kind}": seconds for kind, seconds in whole.items()} | logs
 
 
-def drawn(model: Model, asked: Sequence[Asked], kind: str, options: Any) -> Tensor:
-    """One picture a concept, (K, C, H, W) uint8."""
+def drawn(model: Model, asked: Sequence[Asked], kind: str, options: Any, as_written: bool = False) -> Tensor:
+    """One picture a concept, (K, C, H, W) uint8, as `generate` understands the prompts, or of their own words."""
     seeds = [mix("emoji-text", "noise", kind, one.concept.name) for one in asked]
+    prompts = [one.prompts[kind] if as_written else model.understood(one.prompts[kind]) for one in asked]
     with model.precision():
-        return draw(model.family, seeds, [one.prompts[kind] for one in asked], options)
+        return draw(model.family, seeds, prompts, options)
 
 
 @torch.inference_mode()
@@ -316,6 +320,13 @@ def measure_run(
     found = {"drawn, all wordings": _together(right)}
     found |= {f"drawn, {kind}": values for kind, values in right.items()}
     found["drawn, wrong names"] = _together(wrong)
+    if model.phrasebook is not None:
+        written = {kind: judge(drawn(model, asked, kind, how, as_written=True), concepts, lineup) for kind in KINDS}
+        found["drawn as written, all wordings"] = _together(written)
+        found |= {f"drawn as written, {kind}": values for kind, values in written.items()}
+        for kind in KINDS:
+            meant = [float(model.understood(one.prompts[kind]) == one.concept.name) for one in asked]
+            found[f"understood, {kind}"] = {"as the name": torch.tensor(meant, dtype=torch.float64)}
     given_back = through_codec(model, real)
     if given_back is not None:
         found["real, through the codec"] = judge(given_back, concepts, lineup)

@@ -33,7 +33,7 @@ from imagekiln.engine import show as showing
 from imagekiln.engine.codec import Codec, Coder
 from imagekiln.engine.continuing import continued
 from imagekiln.engine.inputs import begin, companion_hashes
-from imagekiln.engine.models import draw_as, guide_by, open_model
+from imagekiln.engine.models import Model, draw_as, guide_by, open_model
 from imagekiln.engine.run import Run, made_folder
 from imagekiln.engine.tracker import Several, Silent, TensorBoard
 from imagekiln.engine.trainer import Trainer
@@ -54,6 +54,8 @@ class Drawn:
     walk: Path | None = None
     strip: Path | None = None
     mix: Path | None = None
+    understood: dict[str, str] = field(default_factory=dict)
+    """What was drawn for each prompt, in the words of the model's phrasebook where it has one."""
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,7 @@ def generate(
     *,
     label: str | None = None,
     prompt: str | Sequence[str] = (),
+    as_written: bool = False,
     start: str | Path | None = None,
     mask: str | Path | None = None,
     guide: str | Path | None = None,
@@ -262,6 +265,7 @@ def generate(
     """Draw `n` pictures into `out`: `000000.png` ... and `grid.png`.
 
     Picture i depends on (weights, seed, i, label or prompt) alone. Without a label the classes take turns.
+    as_written: take prompts as they stand, also where the model has a phrasebook (`data.phrasebook`).
     grid: `plain`, or `class` for a row a class with its name.
     interpolate: frames from each picture to the next in `walk.png`, an animated PNG through all of them and back, `fps`
         frames a second; `strip.png` has the frames in one row.
@@ -278,23 +282,29 @@ def generate(
     wanted = sheets.Sheets(grid, interpolate, fps, mix, crossover)
     if n < 1 or n + mix > generation.MAX_IMAGES:
         raise UsageError(f"-n {n}: expected a number of pictures from 1 to {generation.MAX_IMAGES}.")
-    run = run if isinstance(run, Run) else Run.open(run)
-    model = open_model(run, nimg, average, device_name)
-    if not model.family.draws:
-        raise UsageError(f"{run.path} holds a {model.family.config.name}, which judges pictures and draws none.")
+    model = _that_draws(run if isinstance(run, Run) else Run.open(run), nimg, average, device_name)
     chosen = generation.options_for(model.family, options)
     guide_by(model, guide, chosen)
     draw_as(model, shape)
     beginning = starting.begun(model, start, mask, chosen)
-    wished = model.wishes(n + mix, label, [prompt] if isinstance(prompt, str) else prompt)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    understood = {} if as_written else {one: model.understood(one) for one in prompts}
+    wished = model.wishes(n + mix, label, [understood.get(one, one) for one in prompts])
     wanted.require(model, wished, beginning is not None)
-    seeds = generation.seeds_for(seed, n + mix)
-    folder = made_folder(out)
+    seeds, folder = generation.seeds_for(seed, n + mix), made_folder(out)
     with model.precision():
         drawn = generation.stream(model.family, seeds, wished, chosen, batch, beginning)
         paths, first = pictures.write_all(folder, drawn, wanted.kept(n), n + mix, progress)
         sheet = wanted.write(folder, model, first, seeds, wished, chosen, batch)
-    return Drawn(paths, sheet.pop("grid"), model.weights, **sheet)
+    return Drawn(paths, sheet.pop("grid"), model.weights, understood=understood, **sheet)
+
+
+def _that_draws(run: Run, nimg: int | None, average: str | None, device_name: str) -> Model:
+    """The model of a run. Raises `UsageError` where it draws nothing."""
+    model = open_model(run, nimg, average, device_name)
+    if not model.family.draws:
+        raise UsageError(f"{run.path} holds a {model.family.config.name}, which judges pictures and draws none.")
+    return model
 
 
 def evaluate(

@@ -80,6 +80,9 @@ class DataConfig(Section):
     word_dropout: Fraction = Field(0.0, description="share of a caption's words left out in training")
     wordings: tuple[str, ...] = Field((), description="texts with {caption}; training puts captions into one at random")
     fillers: Fraction = Field(0.0, description="share of captions among words without meaning in training")
+    phrasebook: bool = Field(
+        False, description="keep the captions in the model, and put what is asked for into the words of the nearest one"
+    )
 
 
 class FamilyConfig(Section):

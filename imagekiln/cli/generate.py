@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,10 +18,16 @@ from imagekiln.cli.output import (
     progress,
 )
 
+if TYPE_CHECKING:  # the help does not wait for torch
+    from imagekiln.api import Drawn
+
 TruncationOption = Annotated[
     float | None, typer.Option("--truncation", help="Less varied, more typical; for some GANs (0.7).")
 ]
 PromptOption = Annotated[list[str] | None, typer.Option("--prompt", help="What to show, in words; several take turns.")]
+AsWrittenOption = Annotated[
+    bool, typer.Option("--as-written", help="Take the words as they stand (models with a phrasebook).")
+]
 StartOption = Annotated[Path | None, typer.Option("--start", help="A picture to begin with (diffusion).")]
 StrengthOption = Annotated[
     float | None, typer.Option("--strength", help="How much of --start is drawn anew, 0 to 1 [default: 1].")
@@ -51,6 +57,7 @@ def generate(
     out: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("pictures"),
     label: Annotated[str | None, typer.Option("--label", help="Class by name or number.")] = None,
     prompt: PromptOption = None,
+    as_written: AsWrittenOption = False,
     seed: Annotated[int, typer.Option("--seed", help="Other seed, other pictures.")] = 0,
     steps: Annotated[int | None, typer.Option("--steps", help="Sampling steps (diffusion).")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", help="1 = none (diffusion with labels).")] = None,
@@ -85,6 +92,7 @@ def generate(
         out,
         label=label,
         prompt=prompt or (),
+        as_written=as_written,
         start=start,
         mask=mask,
         guide=guide,
@@ -102,6 +110,14 @@ def generate(
         progress=progress("Drawing"),
         **override(given, options or []),
     )
+    _say(drawn, as_json)
+
+
+def _say(drawn: Drawn, as_json: bool) -> None:
+    """What was written, and how prompts were understood where that is not what they say."""
     sheets = {key: path for key in ("grid", "walk", "strip", "mix") if (path := getattr(drawn, key)) is not None}
     text = f"Drew {len(drawn.pictures)} pictures with {drawn.weights.name}: {', '.join(map(str, sheets.values()))}"
-    answer(text, {"pictures": drawn.pictures, **sheets, "weights": drawn.weights}, as_json)
+    meant = {asked: said for asked, said in drawn.understood.items() if said != asked}
+    text += "".join(f'\n"{asked}" was understood as "{said}".' for asked, said in meant.items())
+    facts = {"pictures": drawn.pictures, **sheets, "weights": drawn.weights, "understood": drawn.understood}
+    answer(text, facts, as_json)

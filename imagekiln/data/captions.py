@@ -24,10 +24,11 @@ MAX_CAPTION = 10_000
 """Characters."""
 
 COMMAS = re.compile("[,\uff0c\u3001\u060c\ufe50\ufe51]")
+"""Commas of Latin, Chinese, Japanese and Arabic text."""
+
 CONSONANTS, VOWELS = "bdfghjklmnprstvwz", "aeiou"
 MOST_BEFORE, MOST_BEHIND = 4, 2
 """Words without meaning around a caption."""
-"""Commas of Latin, Chinese, Japanese and Arabic text."""
 
 _MOST_BYTES = 8 * MAX_CAPTION
 _JOINERS = "\u200d\ufe0e\ufe0f"  # what ties emoji together

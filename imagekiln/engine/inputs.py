@@ -21,6 +21,7 @@ from imagekiln.config import DataConfig, Recipe
 from imagekiln.core import UNLABELLED, Batch, Family, Source, mix
 from imagekiln.data import Dataset
 from imagekiln.data.captions import reworded, varied
+from imagekiln.data.phrasebook import MOST_SIGNS
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine import registry
 from imagekiln.engine.codec import Codec, Latents, latents
@@ -77,12 +78,16 @@ def begin(recipe: Recipe, dataset: Dataset, run: Run | None = None, *, rehearsal
     if recipe.train.start and run is None:
         _begin_with(family, recipe.train.start)
     if family.read([""]) is None:
+        if recipe.data.phrasebook:
+            raise RecipeError(f"data.phrasebook: a {recipe.family.name} model reads no text. Leave it out.")
         return Begun(family, train, held_out)
     if captions is None:
         raise UsageError(
             f"A {recipe.family.name} model learns from captions, and {recipe.data.path} has neither captions nor "
             "classes. Add a metadata.csv with the columns file_name and text, or one folder a class."
         )
+    if recipe.data.phrasebook:
+        _require_few(captions)
     return Begun(family, *(Told(source, family, recipe.data) for source in (train, held_out)))
 
 
@@ -90,6 +95,15 @@ def _unmade(codec: Codec, source: Source, mirrored: bool = False) -> Latents:
     """Latents of the right number and shape, at no cost."""
     one_1CHW = codec.raw(torch.zeros(1, *source.image_shape)).cpu().numpy()
     return Latents(source, np.broadcast_to(one_1CHW, (len(source) * (1 + mirrored), *one_1CHW.shape[1:])), codec)
+
+
+def _require_few(captions: Sequence[str]) -> None:
+    """Raises `RecipeError` where there are more captions than a model should keep."""
+    if (signs := sum(map(len, dict.fromkeys(captions)))) > MOST_SIGNS:
+        raise RecipeError(
+            f"data.phrasebook: the captions have {signs:,} characters, and a model keeps {MOST_SIGNS:,} at most. "
+            "Leave it out: from so many captions a text encoder learns other wordings by itself."
+        )
 
 
 def _require_shapes(family: Family, shapes_N2: np.ndarray) -> None:

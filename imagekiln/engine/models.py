@@ -18,6 +18,7 @@ from safetensors.torch import save as to_bytes
 from imagekiln.config import DataConfig, Recipe
 from imagekiln.core import Family, Source
 from imagekiln.data import Dataset
+from imagekiln.data.phrasebook import Phrasebook
 from imagekiln.engine import device as devices
 from imagekiln.engine import published
 from imagekiln.engine import recipe as recipes
@@ -38,6 +39,8 @@ class Model:
     device: torch.device
     prompts: tuple[str, ...] = ()
     """A few captions of held-out pictures; empty for a model that reads no text."""
+    phrasebook: Phrasebook | None = None
+    """The captions of training, where `data.phrasebook` keeps them."""
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """The autocast context the model was trained in, as far as this device has it."""
@@ -58,9 +61,13 @@ class Model:
             return int(name)
         raise UsageError(f"--label {name!r}: no such class. {did_you_mean(name, self.class_names)}")
 
+    def understood(self, prompt: str) -> str:
+        """A prompt in words that the model knows: by the phrasebook, or as it stands where that says nothing."""
+        return (self.phrasebook and self.phrasebook.say(prompt)) or prompt
+
     def wishes(self, count: int, label: str | None = None, prompts: Sequence[str] = ()) -> list[Wish]:
-        """What `count` pictures should show: one class, or the prompts in turn; without either all classes in turn, or
-        captions of the pictures that were held out.
+        """What `count` pictures should show: one class, or the prompts in turn, as they stand; without either all
+        classes in turn, or captions of the pictures that were held out.
 
         Raises:
             UsageError: the model knows no such class, or reads no text.
@@ -91,6 +98,9 @@ def save_weights(path: Path, family: Family, recipe: Recipe, source: Source, pro
         "num_classes": str(family.num_classes),
         "prompts": json.dumps(list(prompts)),
     }
+    if recipe.data.phrasebook:
+        captions = getattr(source, "captions", None) or []
+        metadata["captions"] = json.dumps(list(dict.fromkeys(captions)), ensure_ascii=False)
     write_whole(path, to_bytes(tensors, metadata))
 
 
@@ -119,7 +129,13 @@ def load_model(path: Path, device: str = "auto") -> Model:
         if family.codec is None:
             raise UsageError(f"{path} draws latents, and the codec that should lie beside its folder is missing.")
     prompts = tuple(json.loads(metadata.get("prompts", "[]")))
-    return Model(family, recipe, tuple(json.loads(metadata["class_names"])), path, chosen, prompts)
+    phrasebook = _phrasebook(json.loads(metadata["captions"]), recipe.data) if "captions" in metadata else None
+    return Model(family, recipe, tuple(json.loads(metadata["class_names"])), path, chosen, prompts, phrasebook)
+
+
+def _phrasebook(captions: Sequence[str], data: DataConfig) -> Phrasebook:
+    """Says as much of a caption as training always showed of it."""
+    return Phrasebook(captions, max(1, data.tags_kept)) if data.tag_dropout else Phrasebook(captions)
 
 
 def hash_of(path: Path) -> str:
