@@ -13,7 +13,8 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from typing import NamedTuple
 
 from imagekiln.data import captions
 
@@ -35,41 +36,54 @@ class Phrasebook:
     """
 
     def __init__(self, told: Sequence[str], kept: int | None = None) -> None:
-        self._texts, words_N = [], []
+        self._phrases = []
         for caption in dict.fromkeys(told):
             text = ", ".join(captions.tags(caption)[:kept])
             if said := words(text):
-                self._texts.append(text)
-                words_N.append((said, words(caption)))
-        counts = Counter(word for _, whole in words_N for word in whole)
-        self._weights = {word: math.log1p(len(words_N) / count) for word, count in counts.items()}
-        self._words_N = words_N
+                self._phrases.append(_Phrase(text, said, frozenset(said), frozenset(words(caption))))
+        counts = Counter(word for phrase in self._phrases for word in phrase.whole)
+        self._weights = {word: math.log1p(len(self) / count) for word, count in counts.items()}
 
     def __len__(self) -> int:
-        return len(self._texts)
+        return len(self._phrases)
 
     def say(self, prompt: str) -> str | None:
         """The caption nearest to a prompt, or its beginning, the first of equals; None where none shares a word."""
-        asked = words(prompt) & self._weights.keys()
+        told = words(prompt)
+        asked = self._weights.keys() & told
         if not asked:
             return None
-        best = max(range(len(self)), key=lambda place: self._shared(asked, *self._words_N[place]))
-        return self._texts[best]
+        return max(self._phrases, key=lambda phrase: (*self._shared(asked, phrase), phrase.stands_in(told))).text
 
-    def _shared(self, asked: frozenset[str], said: frozenset[str], whole: frozenset[str]) -> tuple[float, float]:
+    def _shared(self, asked: Set[str], phrase: _Phrase) -> tuple[float, float]:
         """How much a caption shares: once for all of it, and once for what is said, times the share of that which was
         asked for; of equals how little was not asked for."""
-        in_said = self._weight(asked & said)
-        return self._weight(asked & whole) + in_said**2 / self._weight(said), -self._weight(said - asked)
+        in_said = self._weight(asked & phrase.said)
+        shared = self._weight(asked & phrase.whole) + in_said**2 / self._weight(phrase.said)
+        return shared, -self._weight(phrase.said - asked)
 
-    def _weight(self, some: frozenset[str]) -> float:
+    def _weight(self, some: Set[str]) -> float:
         return math.fsum(self._weights[word] for word in some)
 
 
-def words(text: str) -> frozenset[str]:
-    """The different words of a text, in small letters; signs are none.
+class _Phrase(NamedTuple):
+    """What is said for a caption: its text and words in order, and the different words of this and of the caption."""
 
-    >>> sorted(words("Flag: Côte d'Ivoire"))
-    ['côte', 'd', 'flag', 'ivoire']
+    text: str
+    in_order: list[str]
+    said: frozenset[str]
+    whole: frozenset[str]
+
+    def stands_in(self, told: list[str]) -> bool:
+        """Whether these words follow each other in a text."""
+        length = len(self.in_order)
+        return any(told[place : place + length] == self.in_order for place in range(len(told) - length + 1))
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in small letters; signs are none.
+
+    >>> words("Flag: Côte d'Ivoire")
+    ['flag', 'côte', 'd', 'ivoire']
     """
-    return frozenset(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 from pathlib import Path
@@ -11,6 +12,7 @@ from statistics import fmean
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from imagekiln.data.captions import reworded, tags, varied
 from imagekiln.errors import UsageError
@@ -214,3 +216,29 @@ def test_names_are_told_more_often_than_not_and_no_text_is_empty() -> None:
     # without the name unless no tag was left: a quarter of those
     assert float(on_NP[:, 0].float().mean()) == pytest.approx(WITH_NAME + (1 - WITH_NAME) / 4, abs=0.03)
     assert float(on_NP[:, 1].float().mean()) == pytest.approx((1 - NAME_ALONE) / 2, abs=0.03)
+
+
+# -- the phrasebook ---------------------------------------------------------------------------------------------------
+
+
+def test_understanding_is_counted_on_real_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from phrasebook import main
+
+    from imagekiln.data import captions
+
+    (tmp_path / "emoji").mkdir()
+    lines = ["file_name,text,group,subgroup,tags"]
+    for row, concept in enumerate(_concepts() * 3):
+        name = f"{captions.clean(concept.name)} {'abc'[row // len(_concepts())]}"
+        noise = np.random.default_rng(row).integers(0, 255, (16, 16, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / "emoji" / f"{row}.png")
+        lines.append(
+            f'{row}.png,"{name}",{concept.group},,{"|".join([*concept.tags[:2], f"only {row}", f"mark {row}"])}'
+        )
+    (tmp_path / "emoji" / "metadata.csv").write_text("\n".join(lines))
+    assert main(["--data", str(tmp_path / "emoji"), "--concepts", "4", "--records", str(tmp_path), "--record"]) == 0
+    assert "drawn, name" in capsys.readouterr().out
+    (record,) = tmp_path.glob("phrasebook-*.json")
+    rows = {row["what"]: row for row in json.loads(record.read_text())["rows"]}
+    assert rows["drawn, name"]["value"] == rows["others, name"]["value"] == 1.0
+    assert rows["drawn, template"]["n"] == 4

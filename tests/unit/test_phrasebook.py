@@ -56,6 +56,11 @@ def test_rare_words_decide() -> None:
     assert Phrasebook(told).say("picture of a boat") == "boat"
 
 
+def test_of_the_same_words_those_in_order_are_said() -> None:
+    told = ["blue house boat", "blue boat house"]
+    assert [Phrasebook(told).say(f"draw a {text}") for text in told] == told
+
+
 def test_without_kept_the_whole_caption_is_said() -> None:
     assert Phrasebook(TOLD).say("food") == "red apple, fruit, food"
 
@@ -72,10 +77,9 @@ TEXTS = st.lists(st.text(max_size=30), max_size=8)
 def test_any_text_is_answered_with_a_caption_that_shares_a_word(told: list[str], prompt: str, kept: int | None) -> None:
     book = Phrasebook(told, kept)
     said = book.say(prompt)
-    shares = any(words(prompt) & words(text) for text in told if Phrasebook([text], kept))
+    shares = any(set(words(prompt)) & set(words(text)) for text in told if Phrasebook([text], kept))
     assert (said is not None) == shares
-    if said is not None:
-        assert book.say(" ".join(reversed(prompt.split()))) == said or len(prompt.split()) != len(prompt.split(" "))
+    assert said is None or set(words(said)) <= {word for text in told for word in words(text)}
 
 
 @given(st.lists(st.text("abcde ", min_size=1, max_size=12), min_size=1, max_size=8))
@@ -84,7 +88,7 @@ def test_every_caption_says_itself(told: list[str]) -> None:
     book = Phrasebook(told)
     for text in told:
         if words(text):
-            assert words(book.say(text) or "") == words(text)
+            assert set(words(book.say(text) or "")) == set(words(text))
 
 
 # -- what a model draws -----------------------------------------------------------------------------------------------
