@@ -336,6 +336,7 @@ def outcome(options: argparse.Namespace, toy: str, family: str, doctor: str, see
     write_whole(file, json.dumps(found) + "\n")
     with contextlib.suppress(OSError):  # only the result is of use from now on
         shutil.rmtree(folder)
+        folder.with_suffix(".seconds.json").unlink()
     return found
 
 

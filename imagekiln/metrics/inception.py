@@ -270,7 +270,7 @@ class Convolution(nn.Module):
         return self._onednn(x, "relu") if self._can_pack(x) else self.convolved(x).relu_()
 
     def _can_pack(self, x: Tensor) -> bool:
-        return x.device.type == "cpu" and self.weight.dtype in (torch.float32, torch.bfloat16) and _has_onednn()
+        return x.device.type == "cpu" and _has_onednn(self.weight.dtype)
 
     def _onednn(self, x: Tensor, activation: str) -> Tensor:
         strides, padding = [self.stride] * 2, list(self.padding)
@@ -288,11 +288,14 @@ def _internal() -> Any:
 
 
 @functools.cache
-def _has_onednn() -> bool:
-    """Whether this torch has the two calls, which are internal to it, with the arguments used here."""
+def _has_onednn(dtype: torch.dtype) -> bool:
+    """Whether this torch has the two calls, which are internal to it, with the arguments used here, and this processor
+    the dtype: bfloat16 asks for more than AVX2."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return False
     try:
-        weight, x = torch.ones(16, 16, 1, 1), torch.ones(1, 16, 2, 2)
-        reorder, bias = _internal().mkldnn_reorder_conv2d_weight, torch.zeros(16)
+        weight, x = torch.ones(16, 16, 1, 1, dtype=dtype), torch.ones(1, 16, 2, 2, dtype=dtype)
+        reorder, bias = _internal().mkldnn_reorder_conv2d_weight, torch.zeros(16, dtype=dtype)
         packed = reorder(weight.to_mkldnn(), [0, 0], [1, 1], [1, 1], 1, [1, 16, 2, 2])
         y = torch.ops.mkldnn._convolution_pointwise(x, packed, bias, [0, 0], [1, 1], [1, 1], 1, "relu", [], "")
         return bool((y == 16).all())

@@ -32,7 +32,7 @@ def test_a_walk_goes_through_the_pictures_of_the_same_seed(cli, reference, tmp_p
     plain = ["generate", run, "-n", 3, "--seed", 9, *label]
     cli(*plain, "--out", tmp_path / "plain").ok()
     answered = cli(*plain, "--interpolate", FRAMES, "--fps", 25, "--out", tmp_path / "walk", "--json").ok().json()
-    assert {"pictures", "grid", "walk", "strip", "weights"} == set(answered)
+    assert {"pictures", "grid", "walk", "strip", "weights", "understood"} == set(answered)
     names = [f"{index:06d}.png" for index in range(3)]
     for name in [*names, "grid.png"]:
         assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "walk" / name).read_bytes(), name
