@@ -2,7 +2,8 @@
 
 Words alone; nothing is trained or drawn. For every concept of a prepared set of named pictures with all three held-out
 wordings (`emoji_wordings`) it is counted whether the phrasebook of the training captions answers with the concept's
-name. The first concepts are those that `emoji_text` draws, the others are what the rule was chosen on.
+name. The first concepts are those that `emoji_text` draws; the rule was chosen on the others, after a first one had
+been tried on those.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from imagekiln import data as datasets
 from imagekiln.config import DataConfig
 from imagekiln.data.phrasebook import Phrasebook
 from imagekiln.engine import recipe as recipes
+from imagekiln.engine.models import phrasebook_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,15 +54,19 @@ def work(options: argparse.Namespace) -> Path | None:
         concepts, captions = read_concepts(options.data, dataset.train), list(dataset.train.captions or ())
         settings = recipes.resolve(options.recipe).data
         asked = choose(concepts, options.concepts + options.others, shown(captions, settings))
-        book, rows = Phrasebook(captions, max(1, settings.tags_kept)), []
-        for name, some in (("drawn", asked[: options.concepts]), ("others", asked[options.concepts :])):
+        book, rows = phrasebook_of(captions, settings), []
+        for name, some in (("benchmark", asked[: options.concepts]), ("other", asked[options.concepts :])):
             for kind in (*KINDS, SEEN) if some else ():
                 mean, interval = share(understood(book, some, kind))
-                rows.append(Row(f"{name}, {kind}", mean, n=len(some), interval=interval))
-                print(f"{rows[-1].what:<24}{mean:.3f}  [{interval[0]:.3f}, {interval[1]:.3f}]  n = {len(some)}")
+                rows.append(Row(f"{name} concepts understood, {kind}", mean, n=len(some), interval=interval))
+                print(f"{rows[-1].what:<42}{mean:.3f}  [{interval[0]:.3f}, {interval[1]:.3f}]  n = {len(some)}")
         if not options.record:
             return None
-        notes = ["Shares of concepts whose wording was answered with their name; intervals: Wilson's, 95 %."]
+        notes = [
+            "Text alone: shares of concepts whose wording was answered with their name; intervals: Wilson's, 95 %. "
+            "Benchmark concepts are those that `emoji_text` draws; the rule was chosen on the others, after a first "
+            "one had been tried on those."
+        ]
         where = {"folder": options.records} if options.records else {}
         summary = dataset.summary()
     return write_record("phrasebook", this_command(), rows, notes=notes, **where, data=summary, captions=len(book))

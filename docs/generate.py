@@ -230,10 +230,11 @@ def langevin(folder: Path = ROOT / "records") -> str:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from langevin_tasks import TASKS
 
-    records = [record for name, record in _newest(folder).items() if name.startswith("langevin-tasks")]
+    found = (record for name, record in _newest(folder).items() if name.startswith("langevin-tasks"))
+    records = sorted(found, key=lambda record: str(record["date"]), reverse=True)
     rows, titles = [], []
     for name, task in TASKS.items():
-        if (record := next((one for one in reversed(records) if name in one["facts"]["tasks"]), None)) is None:
+        if (record := next((one for one in records if name in one["facts"]["tasks"]), None)) is None:
             continue
         rows += [
             (name, measure, *_best(record, name, measure, metric.lower)) for measure, metric in task.metrics.items()

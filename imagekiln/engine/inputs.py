@@ -113,8 +113,7 @@ def _require_shapes(family: Family, shapes_N2: np.ndarray) -> None:
         if height % factor or width % factor or not family.fits(height // factor, width // factor):
             raise RecipeError(
                 f"data.buckets: there are pictures of {height}x{width}, and this {family.config.name} model learns one "
-                "shape. Leave it out, or train one with a U-Net: diffusion, or stable_diffusion with "
-                "family.denoiser='unet'."
+                "shape. Leave it out, or train a model with a U-Net."
             )
 
 

@@ -35,7 +35,7 @@ def judge(dataset: datasets.Dataset, number: int, say: Say) -> Model:
     run = Run(datasets.cache_folder() / "judges" / key)
     with run.lock():
         if run.status().get("state") != "finished":
-            say(f"Training judge {number + 1} of 2 on {len(dataset.train)} real pictures (once for this set).")
+            say(f"Training judge {number + 1} of 2 on {len(dataset.train):,} real pictures (once for this set).")
             run = Run.create(run.path, write_toml(recipe), {"average": recipe.train.averages[0].name})
             epochs = max(recipe.train.total_kimg, 3 * len(dataset.train) / 1000)
             longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"total_kimg": epochs})})

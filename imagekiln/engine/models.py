@@ -129,12 +129,12 @@ def load_model(path: Path, device: str = "auto") -> Model:
         if family.codec is None:
             raise UsageError(f"{path} draws latents, and the codec that should lie beside its folder is missing.")
     prompts = tuple(json.loads(metadata.get("prompts", "[]")))
-    phrasebook = _phrasebook(json.loads(metadata["captions"]), recipe.data) if "captions" in metadata else None
+    phrasebook = phrasebook_of(json.loads(metadata["captions"]), recipe.data) if "captions" in metadata else None
     return Model(family, recipe, tuple(json.loads(metadata["class_names"])), path, chosen, prompts, phrasebook)
 
 
-def _phrasebook(captions: Sequence[str], data: DataConfig) -> Phrasebook:
-    """Says as much of a caption as training always showed of it."""
+def phrasebook_of(captions: Sequence[str], data: DataConfig) -> Phrasebook:
+    """Of captions that were learned from with these settings: it says as much of one as training always showed."""
     return Phrasebook(captions, max(1, data.tags_kept)) if data.tag_dropout else Phrasebook(captions)
 
 

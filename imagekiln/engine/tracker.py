@@ -73,7 +73,7 @@ class Console:
         elif time.monotonic() - self._last_line_sec >= PLAIN_LINE_SEC:
             self._last_line_sec = time.monotonic()
             share = min(1.0, row["nimg"] / row["total_nimg"])
-            self._write(f"{share:4.0%}  {row['nimg']} images  {text}  {duration(left_sec)} left, ends {finish}")
+            self._write(f"{share:4.0%}  {row['nimg']:,} images  {text}  {duration(left_sec)} left, ends {finish}")
 
     def say(self, sentence: str) -> None:
         self._write(sentence)

@@ -213,4 +213,6 @@ class _Residual(nn.Module):
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(8, channels), channels)
+    """In groups of two channels at least: alone, a channel would lose what a label adds to all of it."""
+    groups = math.gcd(8, channels)
+    return nn.GroupNorm(groups if groups < channels else max(1, groups // 2), channels)

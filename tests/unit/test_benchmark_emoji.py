@@ -237,8 +237,8 @@ def test_understanding_is_counted_on_real_files(tmp_path: Path, capsys: pytest.C
         )
     (tmp_path / "emoji" / "metadata.csv").write_text("\n".join(lines))
     assert main(["--data", str(tmp_path / "emoji"), "--concepts", "4", "--records", str(tmp_path), "--record"]) == 0
-    assert "drawn, name" in capsys.readouterr().out
+    assert "benchmark concepts understood, name" in capsys.readouterr().out
     (record,) = tmp_path.glob("phrasebook-*.json")
     rows = {row["what"]: row for row in json.loads(record.read_text())["rows"]}
-    assert rows["drawn, name"]["value"] == rows["others, name"]["value"] == 1.0
-    assert rows["drawn, template"]["n"] == 4
+    assert [rows[f"{kind} concepts understood, name"]["value"] for kind in ("benchmark", "other")] == [1.0, 1.0]
+    assert rows["benchmark concepts understood, template"]["n"] == 4

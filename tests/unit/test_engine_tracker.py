@@ -10,7 +10,8 @@ from imagekiln.engine.tracker import Console
 
 
 @pytest.mark.parametrize(
-    ("nimg", "begins", "ends"), [(500, " 25%  500 images  10 img/s", "2 min 30 s left"), (2048, "100%", " 0 s left")]
+    ("nimg", "begins", "ends"),
+    [(500, " 25%  500 images  10 img/s", "2 min 30 s left"), (2048, "100%  2,048 images", " 0 s left")],
 )
 def test_a_line_says_how_far_and_how_long_also_when_the_last_step_went_beyond(
     nimg: int, begins: str, ends: str

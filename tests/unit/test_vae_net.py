@@ -44,8 +44,7 @@ def test_decoders_return_the_size_they_were_built_for(rows, columns):
 
 def test_labels_matter_and_no_label_is_the_null_label():
     torch.manual_seed(0)
-    # groups of two channels: where every channel is normalised alone, what a label adds to it is taken away again
-    encoder, decoder = VaeEncoder((1, 8, 8), 16, 4, 3), VaeDecoder((1, 8, 8), 16, 4, 3)
+    encoder, decoder = VaeEncoder((1, 8, 8), 8, 4, 3), VaeDecoder((1, 8, 8), 8, 4, 3)
     for net, inputs in ((lambda *a: encoder(*a)[0], torch.randn(2, 1, 8, 8)), (decoder, torch.randn(2, 4))):
         anything = net(inputs, torch.tensor([-1, -1]))
         assert torch.equal(net(inputs, None), anything)
