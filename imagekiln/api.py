@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from imagekiln import data as datasets
 from imagekiln import optim
 from imagekiln.config import DataConfig, Recipe, merge, override, parse, write_toml
+from imagekiln.core import Family
 from imagekiln.engine import compare as comparing
 from imagekiln.engine import device, pictures, plan, sheets, starting
 from imagekiln.engine import evaluate as evaluation
@@ -30,9 +31,9 @@ from imagekiln.engine import generate as generation
 from imagekiln.engine import propagate as propagating
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine import show as showing
-from imagekiln.engine.codec import Codec, Coder
+from imagekiln.engine.codec import Codec
 from imagekiln.engine.continuing import continued
-from imagekiln.engine.inputs import begin, companion_hashes
+from imagekiln.engine.inputs import begin, companion_hashes, untrained_codec
 from imagekiln.engine.models import Model, draw_as, guide_by, open_model
 from imagekiln.engine.run import Run, made_folder
 from imagekiln.engine.tracker import Several, Silent, TensorBoard
@@ -161,7 +162,7 @@ def train(
     with run.lock():
         dataset = _load_data(wanted, listener, progress)
         again = run.exists()
-        wanted = _with_codec(wanted, run, listener)
+        wanted = _with_codec(wanted, dataset, run, listener)
         if again:
             wanted = continued(run, wanted, dataset, minutes)
         else:
@@ -208,12 +209,8 @@ def dry_run(
     dataset = datasets.load(wanted.data, progress=progress)
     notices = [*dataset.notices, *recipes.remarks(wanted)]
     if recipes.is_recipe(codec := wanted.data.codec):
-        coder = cast("Coder", begin(recipes.resolve(codec), dataset).family)
-        _, *shape = coder.encode(torch.zeros(1, *dataset.train.image_shape)).shape
-        family = recipes.build(wanted, (shape[0], shape[1], shape[2]), dataset.train.num_classes)
         notices.append(f"Before this model its autoencoder is trained, with the recipe {codec}.")
-    else:
-        family = begin(wanted, dataset, rehearsal=True).family
+    family = _rehearsed(wanted, dataset)
     precision = "bf16" if device.autocast_dtype(wanted.train.precision, where) else "fp32"
     counts = recipes.parameter_counts(family)
     return Planned(wanted, dataset.summary(), counts, device.describe(where), precision, notices)
@@ -371,7 +368,15 @@ def _resolve(
     return wanted
 
 
-def _with_codec(recipe: Recipe, run: Run, listener: Any) -> Recipe:
+def _rehearsed(recipe: Recipe, dataset: datasets.Dataset) -> Family:
+    """The family, once everything was tried that can go wrong before a first step, that of its autoencoder included."""
+    codec = None
+    if recipes.is_recipe(recipe.data.codec):
+        codec = untrained_codec(_resolve(recipe.data.codec, recipe.data.path, _shared(recipe), ()), dataset)
+    return begin(recipe, dataset, rehearsal=True, codec=codec).family
+
+
+def _with_codec(recipe: Recipe, dataset: datasets.Dataset, run: Run, listener: Any) -> Recipe:
     """The recipe with its codec as a path; one that names a recipe is trained first, in a run beside this one."""
     recipe = recipes.founded(recipe)
     codec = recipe.data.codec
@@ -380,13 +385,18 @@ def _with_codec(recipe: Recipe, run: Run, listener: Any) -> Recipe:
     if recipes.is_recipe(codec):
         beside = run.path.with_name(f"{run.path.name}-codec")
         if not run.codec_path.is_file():
+            _rehearsed(recipe, dataset)
             listener.say(f"First the autoencoder, in {beside}.")
-            data = recipe.data.model_dump(exclude={"path", "codec", "augment"})
-            same = {key: getattr(recipe.train, key) for key in ("seed", "device", "precision")}
-            train(codec, recipe.data.path, beside, settings={"data": data, "train": same}, listener=listener)
+            train(codec, recipe.data.path, beside, settings=_shared(recipe), listener=listener)
             listener.say(f"Now the model itself, in {run.path}.")
         codec = str(beside)
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"codec": _absolute(codec)})})
+
+
+def _shared(recipe: Recipe) -> dict[str, Any]:
+    """What a model and the codec that is trained before it have in common: the pictures, and what they run on."""
+    train = {key: getattr(recipe.train, key) for key in ("seed", "device", "precision")}
+    return {"data": recipe.data.of_pictures(), "train": train}
 
 
 def _absolute(data: str) -> str:

@@ -84,6 +84,12 @@ class DataConfig(Section):
         False, description="keep the captions in the model, and put what is asked for into the words of the nearest one"
     )
 
+    def of_pictures(self) -> dict[str, Any]:
+        """The settings of how pictures are read and which are held out, for another model of the same ones."""
+        return self.model_dump(
+            include={"size", "channels", "fit", "background", "buckets", "validation_fraction", "flip"}
+        )
+
 
 class FamilyConfig(Section):
     """The `family` section: every family subclasses it with at most about 12 fields of its own."""

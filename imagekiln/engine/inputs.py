@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ from imagekiln.data.captions import reworded, varied
 from imagekiln.data.phrasebook import MOST_SIGNS
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine import registry
-from imagekiln.engine.codec import Codec, Latents, latents
+from imagekiln.engine.codec import Codec, Coder, Latents, latents
 from imagekiln.engine.generate import Wish, read
 from imagekiln.engine.models import Model, hash_of, named_codec, open_model
 from imagekiln.engine.run import Run
@@ -40,11 +41,13 @@ class Begun(NamedTuple):
     held_out: Source
 
 
-def begin(recipe: Recipe, dataset: Dataset, run: Run | None = None, *, rehearsal: bool = False) -> Begun:
+def begin(
+    recipe: Recipe, dataset: Dataset, run: Run | None = None, *, rehearsal: bool = False, codec: Codec | None = None
+) -> Begun:
     """What a training starts with, a function of (recipe, data) alone.
 
     run: an earlier start of the same run, which keeps its own copy of the codec. rehearsal: latents are not made; all
-    are those of a grey picture.
+    are those of a grey picture. codec: stands in for the one that the recipe names.
 
     Raises:
         RecipeError: family, pictures and recipe do not fit. UsageError: another run that the recipe names is not there,
@@ -55,7 +58,12 @@ def begin(recipe: Recipe, dataset: Dataset, run: Run | None = None, *, rehearsal
             f"data.codec: a {recipe.family.name} model draws between -1 and 1, and latents lie outside. Leave it out, "
             "or train a diffusion model."
         )
-    codec = named_codec(recipe.data, dataset, run)
+    if recipe.data.codec and recipe.data.augment.changes:
+        raise RecipeError(
+            "data.augment changes pictures anew every time, and data.codec encodes each picture once. "
+            "Use data.flip, which also works on latents, or leave data.augment out."
+        )
+    codec = codec or named_codec(recipe.data, dataset, run)
     train: Any = dataset.train
     held_out: Any = dataset.validation
     shaped = train.shaped() if recipe.data.buckets else None
@@ -89,6 +97,19 @@ def begin(recipe: Recipe, dataset: Dataset, run: Run | None = None, *, rehearsal
     if recipe.data.phrasebook:
         _require_few(captions)
     return Begun(family, *(Told(source, family, recipe.data) for source in (train, held_out)))
+
+
+def untrained_codec(recipe: Recipe, dataset: Dataset) -> Codec:
+    """The codec that a training of `recipe` will make, before it has learned anything: for rehearsals.
+
+    Raises:
+        RecipeError, UsageError: that training could not begin, or it makes no codec.
+    """
+    family = begin(recipe, dataset, rehearsal=True).family
+    if not isinstance(family, Coder):
+        raise UsageError(f"data.codec: a {family.config.name} model encodes nothing. Name a recipe of an autoencoder.")
+    model = Model(family, recipe, dataset.train.class_names, Path(), torch.device("cpu"))
+    return Codec(model, b"", shift=0.0, scale=1.0)
 
 
 def _unmade(codec: Codec, source: Source, mirrored: bool = False) -> Latents:

@@ -25,7 +25,7 @@ from imagekiln.engine import recipe as recipes
 from imagekiln.engine.codec import Codec, Coder
 from imagekiln.engine.generate import Wish
 from imagekiln.engine.run import Run, write_whole
-from imagekiln.errors import RecipeError, UsageError, did_you_mean
+from imagekiln.errors import UsageError, did_you_mean
 
 
 @dataclass
@@ -223,11 +223,6 @@ def named_codec(data: DataConfig, dataset: Dataset, run: Run | None = None) -> C
     """
     if not data.codec:
         return None
-    if data.augment.changes:
-        raise RecipeError(
-            "data.augment changes pictures anew every time, and data.codec encodes each picture once. "
-            "Use data.flip, which also works on latents, or leave data.augment out."
-        )
     codec = codec_of(run) if run is not None else None
     if codec is None and (folder := published.folder_of(data.codec)) is not None:
         codec = published.opened(folder, dataset.train.image_shape)

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imagekiln.engine import recipe as recipes
+
 CODER = """
 [data]
 size = 8
@@ -28,6 +30,11 @@ WORDS = """
 size = 8
 codec = "{coder}"
 tag_dropout = 0.3
+tag_shuffle = true
+word_dropout = 0.1
+wordings = ["{{caption}}", "a drawing of {{caption}}"]
+fillers = 0.1
+phrasebook = true
 [family]
 name = "stable_diffusion"
 depth = 1
@@ -43,6 +50,11 @@ batch = 8
 total_kimg = 0.032
 precision = "fp32"
 """
+
+
+def codec_named_by(name: str) -> str:
+    """`data.codec` of a shipped recipe."""
+    return "" if recipes.goes_on(name) else recipes.resolve(name).data.codec
 
 
 @pytest.fixture
@@ -62,6 +74,29 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
+IN_TWO_STEPS = [name for name in recipes.names() if recipes.is_recipe(codec_named_by(name))]
+
+
+@pytest.mark.parametrize("name", IN_TWO_STEPS)
+def test_a_shipped_recipe_with_an_autoencoder_of_its_own_can_begin(cli, place: Path, name: str) -> None:
+    planned = cli("train", name, "--data", place / "photos", "--dry-run").ok()
+    assert codec_named_by(name) in planned.out + planned.err
+
+
+def test_what_the_second_training_refuses_is_said_before_the_first(cli, place: Path) -> None:
+    said = cli(
+        "train",
+        place / "words.toml",
+        "--data",
+        place / "photos",
+        "--out",
+        place / "run",
+        "--set",
+        "data.augment.shift=0.1",
+    )
+    assert said.code == 2 and "data.augment changes pictures anew" in said.err and not (place / "run-codec").exists()
+
+
 def test_a_model_of_words_is_trained_drawn_with_and_taken_elsewhere(cli, place: Path) -> None:
 
     def run(*arguments: object):
@@ -78,7 +113,7 @@ def test_a_model_of_words_is_trained_drawn_with_and_taken_elsewhere(cli, place: 
     run("train", "words.toml", "--data", "photos", "--out", "run", "--set", "train.total_kimg=0.048").ok()
     assert not (place / "run-codec").exists(), "the run has a codec of its own"
     drawn = run("generate", "run", "-n", 4, "--prompt", "a red picture", "--prompt", "猫", "--out", "p", "--json").ok()
-    assert len(drawn.json()["pictures"]) == 4
+    assert len(drawn.json()["pictures"]) == 4 and drawn.json()["understood"]["a red picture"] == "red picture"
     run("generate", "run", "-n", 1, "--option", "negative_prompt=blue", "--guidance", 4, "--out", "q").ok()
     receipt = run("export", "run", "--to", "diffusers", "--out", "exported", "--json").ok().json()
     assert receipt["difference"] <= 1e-4
