@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagekiln.engine import recipe as recipes
-
 CODER = """
 [data]
 size = 8
@@ -52,11 +50,6 @@ precision = "fp32"
 """
 
 
-def codec_named_by(name: str) -> str:
-    """`data.codec` of a shipped recipe."""
-    return "" if recipes.goes_on(name) else recipes.resolve(name).data.codec
-
-
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """A folder with captioned pictures and two recipes."""
@@ -72,15 +65,6 @@ def place(tmp_path: Path) -> Path:
     (tmp_path / "coder.toml").write_text(CODER)
     (tmp_path / "words.toml").write_text(WORDS.format(coder=tmp_path / "coder.toml"))
     return tmp_path
-
-
-IN_TWO_STEPS = [name for name in recipes.names() if recipes.is_recipe(codec_named_by(name))]
-
-
-@pytest.mark.parametrize("name", IN_TWO_STEPS)
-def test_a_shipped_recipe_with_an_autoencoder_of_its_own_can_begin(cli, place: Path, name: str) -> None:
-    planned = cli("train", name, "--data", place / "photos", "--dry-run").ok()
-    assert codec_named_by(name) in planned.out + planned.err
 
 
 def test_what_the_second_training_refuses_is_said_before_the_first(cli, place: Path) -> None:
