@@ -8,6 +8,9 @@ as the loss, and fixed random convolutions or whatever `--features` names, as
 
   mean ||f(x) - f(y)||^2 / mean ||f(x) - f(x')||^2,    x' another real picture: 0 for exact, about 1 for unrelated ones
 
+and as sets, by the Frechet distance of both networks' features: what is blurred costs little against its own picture,
+and is seen at once beside others.
+
 The same command continues what was interrupted; arms that are finished are not trained again.
 """
 
@@ -35,7 +38,7 @@ from imagekiln.engine.extractors import open_extractor
 from imagekiln.engine.models import Model, open_model
 from imagekiln.engine.run import Run
 from imagekiln.engine.tracker import Silent
-from imagekiln.metrics import Regression, Similarity
+from imagekiln.metrics import FrechetDistance, Regression, Similarity, Statistics
 
 ARMS = {
     "l1": ("family.adversarial_weight=0",),
@@ -139,6 +142,13 @@ def features_distance(network: Any, x: Tensor, y: Tensor) -> float:
     return float((real - made).square().sum(1).mean() / (real - unrelated).square().sum(1).mean())
 
 
+@torch.inference_mode()
+def sets_distance(network: Any, x: Tensor, y: Tensor) -> float:
+    """Frechet distance between the features of all reconstructions and of all pictures."""
+    real, made = (torch.cat([network.features(part).float() for part in all_.split(BATCH)]) for all_ in (x, y))
+    return FrechetDistance()(Statistics.of(made), Statistics.of(real))
+
+
 def measure(x: Tensor, y: Tensor, distances: Mapping[str, Callable[[Tensor, Tensor], float]]) -> dict[str, float]:
     """Everything that is said about reconstructions y of pictures x."""
     regression, similarity = Regression(), Similarity()
@@ -195,9 +205,12 @@ def work(options: argparse.Namespace) -> Path:
     n = min(options.n, len(dataset.validation))
     x = datasets.to_float(dataset.validation.read(range(n)).images)
     network = open_extractor(options.features, dataset.train.image_shape, x, say=command.say)
+    second = options.features.partition(":")[0]
     distances = {
         "distance in another judge's maps": lambda a, b: maps_distance(other.family, a, b),
-        f"distance in {options.features.partition(':')[0]}": lambda a, b: features_distance(network, a, b),
+        f"distance in {second}": lambda a, b: features_distance(network, a, b),
+        "distance of sets in another judge": lambda a, b: sets_distance(other.family, a, b),
+        f"distance of sets in {second}": lambda a, b: sets_distance(network, a, b),
     }
     kimg = lengths(options, dataset)
     found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}

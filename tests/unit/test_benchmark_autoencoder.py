@@ -1,0 +1,51 @@
+"""The benchmark of the autoencoder's losses: its distances, and a small run to the end."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from imagekiln.metrics import RandomConv
+
+pytestmark = pytest.mark.usefixtures("beside_the_benchmarks")
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    return importlib.import_module("autoencoder")
+
+
+def test_distances_are_0_for_the_same_pictures_and_grow(bench: ModuleType) -> None:
+    torch.manual_seed(0)
+    x, network = torch.rand(80, 3, 16, 16) * 2 - 1, RandomConv((3, 16, 16))
+    for distance in (bench.features_distance, bench.sets_distance):
+        near, far = (distance(network, x, (x + e * torch.randn_like(x)).clamp(-1, 1)) for e in (0.1, 0.5))
+        assert distance(network, x, x) == pytest.approx(0, abs=1e-6) and 0 < near < far
+    assert bench.sets_distance(network, x, x.flip(0)) == pytest.approx(0, abs=1e-6), "the order of a set is nothing"
+    assert bench.features_distance(network, x, x.flip(0)) > 0.5
+
+
+def test_a_small_run_says_what_the_discriminator_changed(bench: ModuleType, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for index in range(60):
+        folder = tmp_path / "photos" / ("cat", "dog")[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    command = ["--data", tmp_path / "photos", "--out", tmp_path / "runs", "--records", tmp_path / "records"]
+    command += ["--kimg", 0.064, "--judge-kimg", 0.064, "--seeds", 0, "--equal", "images"]
+    command += ["--set", "family.kind=tiny", "--set", "family.width=8", "--set", "train.batch=16"]
+    assert bench.main([str(word) for word in command]) == 0
+    (record,) = (tmp_path / "records").glob("autoencoder-*.json")
+    rows = {row["what"]: row["value"] for row in json.loads(record.read_text())["rows"]}
+    assert {f"{arm}, psnr" for arm in bench.ARMS} <= rows.keys()
+    name = "distance of sets in randconv"
+    ratio = rows[f"adversarial, {name}"] / rows[f"perceptual, {name}"]
+    assert rows[f"adversarial / perceptual, {name}"] == pytest.approx(ratio)
+    assert (tmp_path / "runs" / "adversarial-0.png").is_file()
