@@ -63,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     add("--kimg", type=float, default=30.0, help="thousands of pictures the slowest arm sees (30)")
     add("--judge-kimg", type=float, default=60.0, help="thousands of pictures each judge sees (60)")
     add("--equal", choices=("images", "time"), default="images", help="what all arms get the same of (images)")
+    add("--arms", nargs="+", choices=[*ARMS], default=[*ARMS], help="which of them (all)")
     add("--seeds", type=int, nargs="+", default=[0, 1], help="one training of every arm for each seed (0 1)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting laid over the recipe of all arms")
     add("--n", type=int, default=1000, help="held-out pictures, at most as many as there are (1000)")
@@ -92,12 +93,12 @@ def arm_recipe(options: argparse.Namespace, arm: str, seed: int, kimg: float) ->
 def lengths(options: argparse.Namespace, dataset: datasets.Dataset) -> dict[str, float]:
     """Thousands of pictures each arm sees."""
     if options.equal == "images":
-        return dict.fromkeys(ARMS, options.kimg)
+        return dict.fromkeys(options.arms, options.kimg)
     rate = {}
-    for arm in ARMS:
+    for arm in options.arms:
         rate[arm] = plan.measure(arm_recipe(options, arm, options.seeds[0], options.kimg), dataset).img_per_sec
         command.say(f"{arm}: {rate[arm]:.1f} img/s")
-    return {arm: round(options.kimg * rate[arm] / min(rate.values()), 3) for arm in ARMS}
+    return {arm: round(options.kimg * rate[arm] / min(rate.values()), 3) for arm in options.arms}
 
 
 def _train(recipe: Recipe, run: Run) -> Run:
@@ -174,6 +175,8 @@ def record_rows(found: Mapping[str, list[dict[str, float]]], seeds: Sequence[int
         for arm, runs in found.items()
         for name in runs[0]
     ]
+    if not {"perceptual", "adversarial"} <= found.keys():
+        return rows
     before, after = found["perceptual"], found["adversarial"]
     for name in before[0]:
         pairs = list(zip(before, after, strict=True))
@@ -213,9 +216,9 @@ def work(options: argparse.Namespace) -> Path:
         f"distance of sets in {second}": lambda a, b: sets_distance(network, a, b),
     }
     kimg = lengths(options, dataset)
-    found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
+    found: dict[str, list[dict[str, float]]] = {arm: [] for arm in options.arms}
     for seed in options.seeds:
-        for arm in ARMS:
+        for arm in options.arms:
             run = _train(arm_recipe(options, arm, seed, kimg[arm]), Run(options.out / f"{arm}-{seed}"))
             y = reconstructions(open_model(run), x)
             seconds = max((row.get("train_sec", 0.0) for row in run.stats()), default=0.0)
@@ -238,7 +241,7 @@ def work(options: argparse.Namespace) -> Path:
         **({"folder": options.records} if options.records else {}),
         data=dataset.summary(),
         data_fingerprint=dataset.fingerprint,
-        arms={arm: [setting for setting in ARMS[arm] if "{" not in setting] for arm in ARMS},
+        arms={arm: [setting for setting in ARMS[arm] if "{" not in setting] for arm in options.arms},
     )
 
 
