@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 ZYGOTE = Path(__file__).parent / "zygote.py"
@@ -26,6 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Before torch and imagekiln are imported: results must not depend on the machine's cores or on earlier sessions.
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    hypothesis.settings.register_profile("untimed", deadline=None)  # machines are noisy
+    hypothesis.settings.load_profile("untimed")
     config.stash[_before] = os.environ.get("IMAGEKILN_CACHE")
     os.environ["IMAGEKILN_CACHE"] = tempfile.mkdtemp(prefix="imagekiln-test-cache-")
 

@@ -110,7 +110,12 @@ def load(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
                 raise CheckpointError(f"{name} is missing")
             if _sum_and_size(path / name) != expected:
                 raise CheckpointError(f"{name} is damaged (its checksum differs)")
-        nimg, state = manifest["nimg"], json.loads((path / STATE).read_text(encoding="utf-8"))
+        nimg = manifest["nimg"]
+        if type(manifest["schema_version"]) is not int or type(nimg) is not int or nimg < 0:
+            raise CheckpointError(f"{MANIFEST} names no version and no number of pictures")
+        if STATE not in manifest["files"]:  # what the manifest leaves out is not verified
+            raise CheckpointError(f"{MANIFEST} does not name {STATE}")
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
         names = [name for name in manifest["files"] if name.endswith(".safetensors")]
         parts = {name.removesuffix(".safetensors"): load_file(path / name, device=str(device)) for name in names}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:

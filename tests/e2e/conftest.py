@@ -13,7 +13,8 @@ from torch import Tensor
 from imagekiln.engine import checkpoint, registry
 from imagekiln.engine.run import Run
 
-SMALL = {"width": "8", "widths": "[16,16]", "attention": "[false,false]", "z_dim": "8"}
+SMALL = {"width": "8", "widths": "[16,16]", "attention": "[false,false]", "z_dim": "8", "depth": "1"}
+SMALL |= {"text.width": "32", "text.layers": "2", "text.vocabulary": "520"}
 NEVER_KIMG = 1000
 
 
@@ -23,7 +24,7 @@ def tiny() -> Callable[..., list[str]]:
 
     def arguments(family: str, out: Path, nimg: int = 240, checkpoint_nimg: int = 16, **settings: object) -> list[str]:
         fields = registry.load(family).Config.model_fields
-        small = {f"family.{key}": value for key, value in SMALL.items() if key in fields}
+        small = {f"family.{key}": value for key, value in SMALL.items() if key.split(".")[0] in fields}
         if foundation := registry.load(family).foundation:
             small[f"family.{foundation}"] = registry.load(family).check_settings[foundation]
         train = {

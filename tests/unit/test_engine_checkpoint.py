@@ -95,6 +95,10 @@ def test_no_truncated_file_is_believed(whole: Path, tmp_path: Path, data: st.Dat
 )
 @example(manifest={"schema_version": 1, "files": ["model.safetensors"]})
 @example(manifest={"schema_version": 1, "files": {}})
+@example(manifest={"schema_version": False, "files": {}, "nimg": None})
+@example(manifest={"schema_version": 1, "files": {}, "nimg": None})
+@example(manifest={"schema_version": 1, "files": {}, "nimg": -1})
+@example(manifest={"schema_version": 1, "files": {}, "nimg": 64})
 def test_any_manifest_is_answered_in_words(whole: Path, tmp_path: Path, manifest: object) -> None:
     shutil.rmtree(tmp_path / "c", ignore_errors=True)
     path = Path(shutil.copytree(whole, tmp_path / "c"))
