@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,6 @@ def reconstructions(model: Model, images: Tensor) -> Tensor:
     return torch.cat([part.float().cpu() for part in parts if part is not None])
 
 
-@torch.inference_mode()
 def maps_distance(judge: Family, x: Tensor, y: Tensor) -> float:
     """Mean over pictures, maps and pixels of squared differences of channels scaled to length 1."""
     total = 0.0
@@ -135,29 +134,34 @@ def maps_distance(judge: Family, x: Tensor, y: Tensor) -> float:
     return total / len(x)
 
 
-@torch.inference_mode()
-def features_distance(network: Any, x: Tensor, y: Tensor) -> float:
-    """Mean squared distance of features over that of unrelated real pictures."""
+def features_distances(network: Any, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """How far features of reconstructions y are from those of pictures x.
+
+    Picture by picture, the mean squared distance over that of unrelated real pictures; and of the two sets, Frechet's.
+    """
     real, made = (torch.cat([network.features(part).float() for part in all_.split(BATCH)]) for all_ in (x, y))
     unrelated = real.roll(len(real) // 2, 0)
-    return float((real - made).square().sum(1).mean() / (real - unrelated).square().sum(1).mean())
+    each = (real - made).square().sum(1).mean() / (real - unrelated).square().sum(1).mean()
+    return float(each), FrechetDistance()(Statistics.of(made), Statistics.of(real))
 
 
 @torch.inference_mode()
-def sets_distance(network: Any, x: Tensor, y: Tensor) -> float:
-    """Frechet distance between the features of all reconstructions and of all pictures."""
-    real, made = (torch.cat([network.features(part).float() for part in all_.split(BATCH)]) for all_ in (x, y))
-    return FrechetDistance()(Statistics.of(made), Statistics.of(real))
-
-
-def measure(x: Tensor, y: Tensor, distances: Mapping[str, Callable[[Tensor, Tensor], float]]) -> dict[str, float]:
-    """Everything that is said about reconstructions y of pictures x."""
+def measure(x: Tensor, y: Tensor, judge: Family, second: tuple[str, Any]) -> dict[str, float]:
+    """Everything that is said about reconstructions y of pictures x. second: name and network."""
     regression, similarity = Regression(), Similarity()
     for real, made in zip(x.split(BATCH), y.split(BATCH), strict=True):
         regression.update(made, real)
         similarity.update(made, real)
-    found = regression.scores() | similarity.scores()
-    return found | {name: distance(x, y) for name, distance in distances.items()}
+    name, network = second
+    of_each, of_sets = features_distances(network, x, y)
+    return {
+        **regression.scores(),
+        **similarity.scores(),
+        "distance in another judge's maps": maps_distance(judge, x, y),
+        f"distance in {name}": of_each,
+        "distance of sets in another judge": features_distances(judge, x, y)[1],
+        f"distance of sets in {name}": of_sets,
+    }
 
 
 def _unit(map_BCHW: Tensor) -> Tensor:
@@ -208,13 +212,7 @@ def work(options: argparse.Namespace) -> Path:
     n = min(options.n, len(dataset.validation))
     x = datasets.to_float(dataset.validation.read(range(n)).images)
     network = open_extractor(options.features, dataset.train.image_shape, x, say=command.say)
-    second = options.features.partition(":")[0]
-    distances = {
-        "distance in another judge's maps": lambda a, b: maps_distance(other.family, a, b),
-        f"distance in {second}": lambda a, b: features_distance(network, a, b),
-        "distance of sets in another judge": lambda a, b: sets_distance(other.family, a, b),
-        f"distance of sets in {second}": lambda a, b: sets_distance(network, a, b),
-    }
+    second = options.features.partition(":")[0], network
     kimg = lengths(options, dataset)
     found: dict[str, list[dict[str, float]]] = {arm: [] for arm in options.arms}
     for seed in options.seeds:
@@ -222,7 +220,7 @@ def work(options: argparse.Namespace) -> Path:
             run = _train(arm_recipe(options, arm, seed, kimg[arm]), Run(options.out / f"{arm}-{seed}"))
             y = reconstructions(open_model(run), x)
             seconds = max((row.get("train_sec", 0.0) for row in run.stats()), default=0.0)
-            found[arm].append({"kimg": kimg[arm], "train_sec": seconds, **measure(x, y, distances)})
+            found[arm].append({"kimg": kimg[arm], "train_sec": seconds, **measure(x, y, other.family, second)})
             sheet = torch.cat([part[:SHEET] for part in (x, y)])
             pictures.write(pictures.grid(datasets.to_uint8(sheet), SHEET), options.out / f"{arm}-{seed}.png")
     rows = record_rows(found, options.seeds, n)

@@ -25,11 +25,15 @@ def bench() -> ModuleType:
 def test_distances_are_0_for_the_same_pictures_and_grow(bench: ModuleType) -> None:
     torch.manual_seed(0)
     x, network = torch.rand(80, 3, 16, 16) * 2 - 1, RandomConv((3, 16, 16))
-    for distance in (bench.features_distance, bench.sets_distance):
-        near, far = (distance(network, x, (x + e * torch.randn_like(x)).clamp(-1, 1)) for e in (0.1, 0.5))
-        assert distance(network, x, x) == pytest.approx(0, abs=1e-6) and 0 < near < far
-    assert bench.sets_distance(network, x, x.flip(0)) == pytest.approx(0, abs=1e-6), "the order of a set is nothing"
-    assert bench.features_distance(network, x, x.flip(0)) > 0.5
+    same, near, far, turned = (
+        bench.features_distances(network, x, y)
+        for y in (x, *((x + e * torch.randn_like(x)).clamp(-1, 1) for e in (0.1, 0.5)), x.flip(0))
+    )
+    assert same == pytest.approx((0, 0), abs=1e-6)
+    assert all(0 < a < b for a, b in zip(near, far, strict=True))
+    assert turned[0] > 0.5 and turned[1] == pytest.approx(0, abs=1e-6), (
+        "the order is something to pairs, nothing to sets"
+    )
 
 
 def test_a_small_run_says_what_the_discriminator_changed(bench: ModuleType, tmp_path: Path) -> None:
