@@ -1,10 +1,10 @@
 """What do a perceptual and an adversarial term do for an autoencoder's reconstructions of held-out pictures?
 
 Three arms from the same seeds: mean absolute error alone; with a distance in the maps of a judge trained on the set;
-with a patch discriminator besides. Every arm sees the same number of pictures, or with `--equal time` the first two as
-many more as fit into the seconds of the slowest, by a probe of each. Reconstructions are compared with their pictures
-in pixels and in two networks no arm was trained against: another judge (other seed, other width), in the same formula
-as the loss, and fixed random convolutions or whatever `--features` names, as
+with a patch discriminator besides. Every arm sees the same number of pictures, or with `--equal time` the faster ones
+as many more as fit into the seconds of the slowest, by a probe of each that is kept for the next call. Reconstructions
+are compared with their pictures in pixels and in two networks no arm was trained against: another judge (other seed,
+other width), in the same formula as the loss, and fixed random convolutions or whatever `--features` names, as
 
   mean ||f(x) - f(y)||^2 / mean ||f(x) - f(x')||^2,    x' another real picture: 0 for exact, about 1 for unrelated ones
 
@@ -17,6 +17,7 @@ The same command continues what was interrupted; arms that are finished are not 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -66,6 +67,9 @@ def parser() -> argparse.ArgumentParser:
     add("--arms", nargs="+", choices=[*ARMS], default=[*ARMS], help="which of them (all)")
     add("--seeds", type=int, nargs="+", default=[0, 1], help="one training of every arm for each seed (0 1)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting laid over the recipe of all arms")
+    add(
+        "--adversarial", action="append", default=[], metavar="KEY=VALUE", help="a setting of the adversarial arm alone"
+    )
     add("--n", type=int, default=1000, help="held-out pictures, at most as many as there are (1000)")
     add("--features", default="randconv", help="the second network, as `imagekiln evaluate --features` (randconv)")
     add("--name", default="autoencoder", help="name of the record (autoencoder)")
@@ -86,19 +90,25 @@ def train_judge(options: argparse.Namespace, name: str, seed: int, *settings: st
 def arm_recipe(options: argparse.Namespace, arm: str, seed: int, kimg: float) -> Recipe:
     """The recipe of one arm and seed."""
     own = [setting.format(judge=(options.out / "judge-loss").absolute()) for setting in ARMS[arm]]
+    if arm == "adversarial":
+        own += options.adversarial
     fixed = [f"train.seed={seed}", f"train.total_kimg={kimg}"]
     return recipes.resolve(options.recipe, _data(options), [*options.set, *own, *fixed])
 
 
 def lengths(options: argparse.Namespace, dataset: datasets.Dataset) -> dict[str, float]:
-    """Thousands of pictures each arm sees."""
+    """Thousands of pictures each arm sees: those of the first call, however fast the machine is at the next."""
     if options.equal == "images":
         return dict.fromkeys(options.arms, options.kimg)
-    rate = {}
+    file = options.out / "rates.json"
+    rate: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
     for arm in options.arms:
-        rate[arm] = plan.measure(arm_recipe(options, arm, options.seeds[0], options.kimg), dataset).img_per_sec
+        if arm not in rate:
+            rate[arm] = plan.measure(arm_recipe(options, arm, options.seeds[0], options.kimg), dataset).img_per_sec
+            file.write_text(json.dumps(rate))
         command.say(f"{arm}: {rate[arm]:.1f} img/s")
-    return {arm: round(options.kimg * rate[arm] / min(rate.values()), 3) for arm in options.arms}
+    slowest = min(rate[arm] for arm in options.arms)
+    return {arm: round(options.kimg * rate[arm] / slowest, 3) for arm in options.arms}
 
 
 def _train(recipe: Recipe, run: Run) -> Run:
@@ -240,6 +250,7 @@ def work(options: argparse.Namespace) -> Path:
         data=dataset.summary(),
         data_fingerprint=dataset.fingerprint,
         arms={arm: [setting for setting in ARMS[arm] if "{" not in setting] for arm in options.arms},
+        adversarial=options.adversarial,
     )
 
 
