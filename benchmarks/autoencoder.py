@@ -230,7 +230,9 @@ def work(options: argparse.Namespace) -> Path:
             run = _train(arm_recipe(options, arm, seed, kimg[arm]), Run(options.out / f"{arm}-{seed}"))
             y = reconstructions(open_model(run), x)
             seconds = max((row.get("train_sec", 0.0) for row in run.stats()), default=0.0)
-            found[arm].append({"kimg": kimg[arm], "train_sec": seconds, **measure(x, y, other.family, second)})
+            found[arm].append(
+                {"kimg": run.status()["nimg"] / 1000, "train_sec": seconds, **measure(x, y, other.family, second)}
+            )
             sheet = torch.cat([part[:SHEET] for part in (x, y)])
             pictures.write(pictures.grid(datasets.to_uint8(sheet), SHEET), options.out / f"{arm}-{seed}.png")
     rows = record_rows(found, options.seeds, n)

@@ -31,6 +31,13 @@ def test_the_console_script() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", ended.stdout)
 
 
+@pytest.mark.parametrize(("verb", "code"), [("--version", 0), ("fly", 2)])
+def test_the_package_is_the_command_too(verb: str, code: int) -> None:
+    ended = subprocess.run([sys.executable, "-m", "imagekiln", verb], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == code
+    assert "imagekiln" in ended.stderr if code else re.fullmatch(r"\d+\.\d+\.\d+\n", ended.stdout)
+
+
 def test_json_is_one_object_on_stdout(cli, tiny, reference, tmp_path: Path) -> None:
     run = reference("vae")
     for arguments in (
