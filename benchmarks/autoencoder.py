@@ -2,9 +2,10 @@
 
 Three arms from the same seeds: mean absolute error alone; with a distance in the maps of a judge trained on the set;
 with a patch discriminator besides. Every arm sees the same number of pictures, or with `--equal time` the faster ones
-as many more as fit into the seconds of the slowest, by a probe of each that is kept for the next call. Reconstructions
-are compared with their pictures in pixels and in two networks no arm was trained against: another judge (other seed,
-other width), in the same formula as the loss, and fixed random convolutions or whatever `--features` names, as
+as many more as fit into the seconds of the slowest, by a probe of each that is kept for the next call. With
+`--first-kimg` all arms go on from one training with the perceptual term alone. Reconstructions are compared with their
+pictures in pixels and in two networks no arm was trained against: another judge (other seed, other width), in the same
+formula as the loss, and fixed random convolutions or whatever `--features` names, as
 
   mean ||f(x) - f(y)||^2 / mean ||f(x) - f(x')||^2,    x' another real picture: 0 for exact, about 1 for unrelated ones
 
@@ -63,13 +64,15 @@ def parser() -> argparse.ArgumentParser:
     add("--recipe", default="autoencoder", help="recipe of all arms (autoencoder)")
     add("--kimg", type=float, default=30.0, help="thousands of pictures the slowest arm sees (30)")
     add("--judge-kimg", type=float, default=60.0, help="thousands of pictures each judge sees (60)")
+    add("--first-kimg", type=float, help="length of a training with the perceptual term alone that all arms go on from")
     add("--equal", choices=("images", "time"), default="images", help="what all arms get the same of (images)")
     add("--arms", nargs="+", choices=[*ARMS], default=[*ARMS], help="which of them (all)")
     add("--seeds", type=int, nargs="+", default=[0, 1], help="one training of every arm for each seed (0 1)")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting laid over the recipe of all arms")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting laid over the recipe")
     add(
         "--adversarial", action="append", default=[], metavar="KEY=VALUE", help="a setting of the adversarial arm alone"
     )
+    add("--then", action="append", default=[], metavar="KEY=VALUE", help="a setting of the arms, not of what is first")
     add("--n", type=int, default=1000, help="held-out pictures, at most as many as there are (1000)")
     add("--features", default="randconv", help="the second network, as `imagekiln evaluate --features` (randconv)")
     add("--name", default="autoencoder", help="name of the record (autoencoder)")
@@ -87,13 +90,25 @@ def train_judge(options: argparse.Namespace, name: str, seed: int, *settings: st
     return _train(recipes.resolve("judge", _data(options), [*settings, *fixed]), run)
 
 
+def train_first(options: argparse.Namespace, seed: int) -> None:
+    """What all arms of a seed go on from, where there is such a thing."""
+    if options.first_kimg:
+        judge = f"family.perceptual={(options.out / 'judge-loss').absolute()}"
+        fixed = ["family.adversarial_weight=0", judge, f"train.seed={seed}", f"train.total_kimg={options.first_kimg}"]
+        _train(
+            recipes.resolve(options.recipe, _data(options), [*options.set, *fixed]), Run(options.out / f"first-{seed}")
+        )
+
+
 def arm_recipe(options: argparse.Namespace, arm: str, seed: int, kimg: float) -> Recipe:
     """The recipe of one arm and seed."""
     own = [setting.format(judge=(options.out / "judge-loss").absolute()) for setting in ARMS[arm]]
     if arm == "adversarial":
         own += options.adversarial
+    if options.first_kimg:
+        own.append(f"train.start={(options.out / f'first-{seed}').absolute()}")
     fixed = [f"train.seed={seed}", f"train.total_kimg={kimg}"]
-    return recipes.resolve(options.recipe, _data(options), [*options.set, *own, *fixed])
+    return recipes.resolve(options.recipe, _data(options), [*options.set, *options.then, *own, *fixed])
 
 
 def lengths(options: argparse.Namespace, dataset: datasets.Dataset) -> dict[str, float]:
@@ -223,12 +238,14 @@ def work(options: argparse.Namespace) -> Path:
     x = datasets.to_float(dataset.validation.read(range(n)).images)
     network = open_extractor(options.features, dataset.train.image_shape, x, say=command.say)
     second = options.features.partition(":")[0], network
+    for seed in options.seeds:
+        train_first(options, seed)
     kimg = lengths(options, dataset)
     found: dict[str, list[dict[str, float]]] = {arm: [] for arm in options.arms}
     for seed in options.seeds:
         for arm in options.arms:
             run = _train(arm_recipe(options, arm, seed, kimg[arm]), Run(options.out / f"{arm}-{seed}"))
-            y = reconstructions(open_model(run), x)
+            y = reconstructions(open_model(run, run.status()["nimg"]), x)  # the end: what all the seconds were for
             seconds = max((row.get("train_sec", 0.0) for row in run.stats()), default=0.0)
             found[arm].append(
                 {"kimg": run.status()["nimg"] / 1000, "train_sec": seconds, **measure(x, y, other.family, second)}

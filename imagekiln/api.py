@@ -424,7 +424,7 @@ def _meta(recipe: Recipe, dataset: datasets.Dataset) -> dict[str, Any]:
         "data_fingerprint": dataset.fingerprint,
         "data_summary": dataset.summary(),
         "companions": companion_hashes(recipe),
-        "average": recipe.train.averages[0].name if recipe.train.averages else None,
+        "average": recipe.train.averages[0].name,
     }
 
 

@@ -10,8 +10,8 @@ R the first two terms, A = -mean D(y), L the decoder's last weight. Everything i
 learning rate suits all sizes; times P it is the paper's sum, and `kl_weight` is a price of nats a picture as there. d
 compares the maps of a trained judge (`perceptual`): every map's channels scaled to length 1, squared differences summed
 over channels, averaged over pixels and maps. It is LPIPS (Zhang et al. 2018) without its learned weights and networks,
-and not to be compared with it. D is a hinge PatchGAN; it learns for `RAMP` of the run before the decoder hears it, more
-and more during another `RAMP`. "tiny" has no posterior and pays nothing. "vq" pays commitment.
+and not to be compared with it. D is a hinge PatchGAN without normalisation; it learns for `RAMP` of the run before the
+decoder hears it, more and more during another `RAMP`. "tiny" has no posterior and pays nothing. "vq" pays commitment.
 
 What differs from the paper: no learned scale of the error, and D's loss is not halved. The latents of "kl" and "tiny"
 are brought to mean 0 and deviation 1, channel by channel, by those of the batch in training and of all batches later
@@ -76,8 +76,8 @@ class AutoencoderConfig(FamilyConfig):
     kl_weight: float = Field(1e-6, ge=0, description="price of a nat a picture, in summed absolute errors (kl)")
     perceptual: str = Field("", description="run folder of a judge in whose maps pictures are compared; empty = none")
     perceptual_weight: float = Field(1.0, ge=0, description="weight of that distance beside the mean absolute error")
-    adversarial_weight: float = Field(0.5, ge=0, description="of the discriminator, times the adaptive one; 0 = off")
-    adversarial_start_fraction: Fraction = Field(0.5, description="share of the run before the decoder hears it")
+    adversarial_weight: float = Field(0.25, ge=0, description="of the discriminator, times the adaptive one; 0 = off")
+    adversarial_start_fraction: Fraction = Field(0.6, description="share of the run before the decoder hears it")
     adversarial_cap: float = Field(1.0, gt=0, description="largest adaptive weight")
 
 
@@ -95,10 +95,11 @@ class Autoencoder(Family):
     Config = AutoencoderConfig
     optimizers = {
         "network": {"name": "adam", "lr": 1e-3, "betas": (0.9, 0.99)},
-        "discriminator": {"name": "adam", "lr": 2e-4, "betas": (0.5, 0.9)},
+        "discriminator": {"name": "adam", "lr": 2e-3, "betas": (0.5, 0.9)},
     }
-    # torch.compile frees what a second gradient through the same graph needs
-    train_defaults = {"batch": 16, "compile": "off"}
+    # torch.compile frees what a second gradient through the same graph needs. The best moment by errors of pixels and
+    # maps is the last one before the discriminator is heard.
+    train_defaults = {"batch": 16, "compile": "off", "choose": "last"}
     check_settings = {"width": 8, "blocks": 1, "adversarial_start_fraction": 0.0}
     companions = ("perceptual",)
     monitor = "reconstruction"
@@ -292,7 +293,7 @@ def _discriminator(image_shape: tuple[int, int, int], width: int) -> PatchDiscri
             f"family.adversarial_weight: pictures of {sides[0]} x {sides[1]} pixels have no patches to judge; expected "
             f"sides of at least {smallest_side(layers)}. Set it to 0, or data.size higher."
         )
-    return PatchDiscriminator(channels, max(LEAST_PATCH_WIDTH, width // 2), layers)
+    return PatchDiscriminator(channels, max(LEAST_PATCH_WIDTH, width // 2), layers, normalised=False)
 
 
 def _unit(map_BCHW: Tensor) -> Tensor:

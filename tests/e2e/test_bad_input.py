@@ -18,6 +18,7 @@ RECIPES = {
     "a value for optimizers": (["--set", "optim=5"], 2, ["optim = 5"]),
     "a value for an optimizer": (["--set", "optim.decoder-encoder-noise=5"], 2, ["optim.decoder-encoder-noise = 5"]),
     "too small": (["--set", "train.batch=0"], 2, ["train.batch", "greater"]),
+    "no average": (["--set", "train.averages=[]"], 2, ["train.averages", "at least 1"]),
     "a date": (["--set", "train.batch=2024-01-01", "--set", "train.seed=1"], 2, ["train.batch"]),
     "not a number": (["--set", "optim.decoder-encoder-noise.lr=nan"], 2, ["optim.decoder-encoder-noise.lr", "nan"]),
     "infinite length": (["--set", "train.total_kimg=inf"], 2, ["train.total_kimg", "finite"]),

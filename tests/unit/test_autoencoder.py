@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from imagekiln.core import Batch, Condition, HeldOut, Progress, seeded_noise
+from imagekiln.engine import recipe as recipes
 from imagekiln.errors import RecipeError, UsageError
 from imagekiln.families.autoencoder import RAMP, SMALLEST_ERROR, Autoencoder, AutoencoderConfig
 from imagekiln.families.classifier import Classifier, ClassifierConfig
@@ -77,6 +78,17 @@ def test_counts_of_the_parts_at_factor_4():
 @pytest.mark.parametrize(("layers", "expected"), [(2, 663_361), (3, 2_765_633)])
 def test_counts_of_the_patch_discriminator(layers, expected):
     assert count(PatchDiscriminator(3, 64, layers)) == expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_discriminator_without_normalisation_sees_contrast(seed):
+    torch.manual_seed(seed)
+    plain, normed = (PatchDiscriminator(3, 16, 2, normalised=normalised) for normalised in (False, True))
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in plain.modules())
+    assert count(normed) - count(plain) == 32 + 64, "gain and offset became one bias"
+    x = images(8, (3, 32, 32))
+    seen = [((net(x) - net(0.5 * x)).square().mean() / net(x).var()).item() for net in (plain, normed)]
+    assert seen[0] > 2 * seen[1]
 
 
 def twin_of(kind: str, model: Autoencoder):
@@ -300,6 +312,10 @@ def test_the_adversary_comes_late_and_is_a_function_of_progress():
         moved = any(p.grad is not None and bool(p.grad.any()) for p in model.discriminator.parameters())
         assert moved == learns and bool(loss.parts) == learns
         assert all(parameter.grad is None for parameter in model.network.parameters())
+
+
+def test_the_last_moment_is_taken_and_not_the_one_before_the_discriminator_is_heard():
+    assert recipes.resolve("autoencoder").train.choose == "last"
 
 
 def test_without_weight_there_is_no_discriminator():
