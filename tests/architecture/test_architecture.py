@@ -22,7 +22,7 @@ LAYERS = [
     {"families"},
     {"engine", "exporters"},
     {"api", "recipes", "report", "testing"},
-    {"cli", "studio"},
+    {"cli", "studio", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 SIBLINGS_APART = LAYERS[1]
