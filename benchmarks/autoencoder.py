@@ -69,9 +69,7 @@ def parser() -> argparse.ArgumentParser:
     add("--arms", nargs="+", choices=[*ARMS], default=[*ARMS], help="which of them (all)")
     add("--seeds", type=int, nargs="+", default=[0, 1], help="one training of every arm for each seed (0 1)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting laid over the recipe")
-    add(
-        "--adversarial", action="append", default=[], metavar="KEY=VALUE", help="a setting of the adversarial arm alone"
-    )
+    add("--adversarial", action="append", default=[], metavar="KEY=VALUE", help="a setting of the adversarial arm")
     add("--then", action="append", default=[], metavar="KEY=VALUE", help="a setting of the arms, not of what is first")
     add("--n", type=int, default=1000, help="held-out pictures, at most as many as there are (1000)")
     add("--features", default="randconv", help="the second network, as `imagekiln evaluate --features` (randconv)")
@@ -95,9 +93,8 @@ def train_first(options: argparse.Namespace, seed: int) -> None:
     if options.first_kimg:
         judge = f"family.perceptual={(options.out / 'judge-loss').absolute()}"
         fixed = ["family.adversarial_weight=0", judge, f"train.seed={seed}", f"train.total_kimg={options.first_kimg}"]
-        _train(
-            recipes.resolve(options.recipe, _data(options), [*options.set, *fixed]), Run(options.out / f"first-{seed}")
-        )
+        recipe = recipes.resolve(options.recipe, _data(options), [*options.set, *fixed])
+        _train(recipe, Run(options.out / f"first-{seed}"))
 
 
 def arm_recipe(options: argparse.Namespace, arm: str, seed: int, kimg: float) -> Recipe:
