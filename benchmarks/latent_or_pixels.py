@@ -3,8 +3,8 @@
 One family, `diffusion`, learns the same pictures twice: as they are, and as the latents of an autoencoder. Both hear
 the labels where the set has them, both see every picture also mirrored, and both are drawn from with as many steps.
 What is fair to both is a preset of its own for each (`PRESETS`). A picture of 64 x 64 has sixteen times the places of
-its latents, and at the width of the network over latents it would cost sixteen times as much: far too few would be
-seen. So pixels get two narrower networks with one level more, and the better of the two is the opponent.
+its latents, so pixels get two networks of about the same size with one level more, narrow where places are many, and
+the better of the two is the opponent.
 
 The autoencoder is trained before and serves every run. `latents` is given all of the minutes beside it, which is the
 question for who has an autoencoder; `latents-counted` is given what the autoencoder has left of them, which is the
@@ -71,7 +71,7 @@ class Preset:
     why: str
 
 
-LATENTS = Preset("flowers-latent", (), 11.62, "the recipe as it is: a step costs little, so the network is wide")
+LATENTS = Preset("flowers-latent", (), 2.92, "the recipe as it is")
 PIXELS = ("data.flip=true", "family.attention=[false,false,false,true]", "family.sample.steps=16", "train.batch=32")
 """One level more than the recipe, so that attention looks at 8 x 8; half the batch, for twice the steps."""
 
