@@ -155,9 +155,8 @@ class StableDiffusion(Family):
         return self.image_shape
 
     def fits(self, rows: int, columns: int) -> bool:
-        return self.config.denoiser == "unet" or super().fits(
-            rows, columns
-        )  # the transformer knows its places by heart
+        # The transformer knows its places by heart.
+        return self.config.denoiser == "unet" or super().fits(rows, columns)
 
     def _error(self, x: Tensor, sigma_B: Tensor, tokens_BL: Tensor) -> Tensor:
         """Squared error of what the network answers to x with this much noise, of the shape of x."""

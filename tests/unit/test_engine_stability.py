@@ -308,9 +308,8 @@ def test_the_better_half_is_never_broken_and_units_do_not_matter(shares: list[fl
 @given(st.floats(0.01, 200.0), st.integers(1, 12))
 def test_chi_squared(x: float, freedom: int) -> None:
     truth = torch.special.gammaincc(torch.tensor(freedom / 2).double(), torch.tensor(x / 2).double())
-    assert verdict.chi_squared_above(x, freedom) == pytest.approx(
-        float(truth), rel=1e-6, abs=1e-9
-    )  # torch's is good to 1e-8
+    found = verdict.chi_squared_above(x, freedom)
+    assert found == pytest.approx(float(truth), rel=1e-6, abs=1e-9), "torch's is good to 1e-8"
 
 
 @pytest.mark.parametrize("tau", [0.0, 3.0])
