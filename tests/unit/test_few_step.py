@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -63,10 +64,24 @@ def test_the_goal_is_the_end_of_the_path(name: str) -> None:
     a, _ = path.scales(torch.tensor(level, dtype=torch.float64))
     exact = z / a * SPREAD / (SPREAD**2 + level**2) ** 0.5
     apart = [
-        (distillation.goal(gaussian(path), z, level, path, steps) - exact).abs().max().item() for steps in (4, 16, 64)
+        (distillation.goal(gaussian(path), z, level, path, steps) - exact).abs().max().item() for steps in (16, 64, 256)
     ]
-    assert apart[0] > apart[1] > apart[2]
-    assert apart[2] < 2e-3
+    assert apart[0] > 3 * apart[1] > 9 * apart[2], "first order"
+    assert apart[2] < 0.02
+
+
+@pytest.mark.parametrize(("level", "calls"), [(160.0, 4), (3.0, 3), (1.0, 2), (0.1, 1)])
+def test_steps_are_as_large_from_every_level(level: float, calls: int) -> None:
+    seen: list[float] = []
+
+    def teacher(z: Tensor, sigma_B: Tensor) -> Tensor:
+        seen.append(float(sigma_B[0]))
+        return torch.zeros_like(z)
+
+    distillation.goal(teacher, torch.zeros(2, 3), level, paths.path("rf"), 4)
+    times = [sigma / (1 + sigma) for sigma in [*seen, 0.0]]
+    assert len(seen) == calls and seen[0] == pytest.approx(level)
+    assert [a - b for a, b in itertools.pairwise(times)] == pytest.approx([times[0] / calls] * calls)
 
 
 def test_where_the_student_arrives() -> None:
