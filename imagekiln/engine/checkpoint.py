@@ -208,16 +208,23 @@ def optimizer_tensors(key: str, optimizer: Optimizer, parameters: Named) -> dict
 
 
 def load_optimizer(key: str, optimizer: Optimizer, parameters: Named, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` took."""
+    """Put back what `optimizer_tensors` took, on the devices of the parameters."""
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     optimizer.state.clear()
     for name, parameter in parameters:
         prefix = f"{key}/{name}/"
         state = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
         if state:
+            counted_there = any(groups[parameter].get(way) for way in ("fused", "capturable"))
             optimizer.state[parameter] = {
-                entry: _like(value, parameter) if value.shape == parameter.shape else value
+                # torch counts steps on the CPU, unless the kernel itself counts.
+                entry: value if entry == "step" and not counted_there else _placed(value, parameter)
                 for entry, value in state.items()
             }
+
+
+def _placed(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    return _like(value, parameter) if value.shape == parameter.shape else value.to(parameter.device)
 
 
 def _like(value: Tensor, parameter: nn.Parameter) -> Tensor:

@@ -147,3 +147,20 @@ def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match="could not be written"):
         save(tmp_path / "file", 1)
+
+
+@pytest.mark.parametrize(("fused", "where"), [(True, "meta"), (False, "cpu")])
+def test_an_optimizer_goes_back_to_the_device_of_its_parameters(fused: bool, where: str) -> None:
+    """torch counts the steps of a fused optimizer beside the parameter, those of others on the CPU."""
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    before = torch.optim.Adam([weight], fused=fused)
+    weight.grad = torch.ones(2, 3)
+    before.step()
+    kept = checkpoint.optimizer_tensors("net", before, [("w", weight)])
+    kept["net/w/scale"] = torch.ones(1)  # state of a shape of its own
+    moved = torch.nn.Parameter(weight.to("meta"))
+    after = torch.optim.Adam([moved])
+    after.param_groups[0]["fused"] = fused  # torch refuses to build it for this device
+    checkpoint.load_optimizer("net", after, [("w", moved)], kept)
+    found = {entry: value.device.type for entry, value in after.state[moved].items()}
+    assert found == {"step": where, "exp_avg": "meta", "exp_avg_sq": "meta", "scale": "meta"}
