@@ -161,7 +161,7 @@ def train(
     run = Run(Path(out))
     with run.lock():
         dataset = _load_data(wanted, listener, progress)
-        again = run.exists()
+        again = run.started()
         wanted = _with_codec(wanted, dataset, run, listener)
         if again:
             wanted = continued(run, wanted, dataset, minutes)
@@ -174,7 +174,7 @@ def train(
         begun = begin(wanted, dataset, run if again else None)
         if not again:
             run = Run.create(run.path, write_toml(wanted), _meta(wanted, dataset))
-        _keep(run, dataset, begun.family.codec)
+            _keep(run, dataset, begun.family.codec)
         listeners = [listener] + ([TensorBoard(run)] if wanted.train.tensorboard else [])
         trainer = Trainer(wanted, *begun, run, Several(listeners))
         for sentence in recipes.remarks(wanted):
@@ -384,7 +384,7 @@ def _with_codec(recipe: Recipe, dataset: datasets.Dataset, run: Run, listener: A
         return recipe
     if recipes.is_recipe(codec):
         beside = run.path.with_name(f"{run.path.name}-codec")
-        if not run.codec_path.is_file():
+        if not run.started():
             _rehearsed(recipe, dataset)
             listener.say(f"First the autoencoder, in {beside}.")
             train(codec, recipe.data.path, beside, settings=_shared(recipe), listener=listener)
@@ -442,13 +442,12 @@ def _commit() -> str | None:
 
 def _keep(run: Run, dataset: datasets.Dataset, codec: Any) -> None:
     """What a run holds from its start: its codec, and a sheet of training pictures."""
-    if isinstance(codec, Codec) and not run.codec_path.is_file():
+    if isinstance(codec, Codec):
         codec.keep(run)
-    if not run.picture_path("real").is_file():
-        source = dataset.train
-        images = pictures.of_labels(source, generation.labels_for(40, source.num_classes))
-        columns = pictures.columns_for(len(images), source.num_classes)
-        pictures.write(pictures.grid(images, columns), run.picture_path("real"))
+    source = dataset.train
+    images = pictures.of_labels(source, generation.labels_for(40, source.num_classes))
+    columns = pictures.columns_for(len(images), source.num_classes)
+    pictures.write(pictures.grid(images, columns), run.picture_path("real"))
 
 
 __all__ = [

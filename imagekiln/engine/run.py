@@ -88,7 +88,7 @@ class Run:
 
     @classmethod
     def create(cls, path: Path, recipe_toml: str, meta: Mapping[str, Any]) -> Run:
-        """Make the folder and write what the run is made with.
+        """Make the folder and write what the run is made with, also over a run that was never started.
 
         Raises:
             UsageError: the folder holds something that is not a run.
@@ -99,6 +99,8 @@ class Run:
             run._refuse_foreign()
             run.path.mkdir(parents=True, exist_ok=True)
             run.checkpoints.mkdir(exist_ok=True)
+            for left in (run.codec_path, run.codec_scales_path):
+                left.unlink(missing_ok=True)
         write_whole(run.path / "meta.json", json.dumps(dict(meta), indent=2) + "\n")
         write_whole(run.path / "recipe.toml", recipe_toml)
         return run
@@ -119,6 +121,11 @@ class Run:
     def exists(self) -> bool:
         """Whether the folder holds a run."""
         return (self.path / "recipe.toml").is_file()
+
+    def started(self) -> bool:
+        """Whether it holds something to continue from: a start may be cut short before its first checkpoint."""
+        kept = (self.checkpoints.glob("[0-9]*"), (self.path / "weights").glob("[0-9]*.safetensors"))
+        return self.exists() and any(True for files in kept for _ in files)
 
     def _refuse_foreign(self) -> None:
         """Refuse a file, and a folder that holds anything but a run or what a start that was killed leaves."""
