@@ -161,7 +161,7 @@ class TrainConfig(Section):
     start: str = Field("", description="run whose weights this one begins with (train --from); empty = fresh ones")
     total_kimg: float = Field(200.0, gt=0, description="length of the run in thousands of images seen")
     batch: int = Field(64, ge=1, description="pictures a step")
-    accumulate: int = Field(1, ge=1, description="parts a step's batch is computed in, to save memory")
+    accumulate: int = Field(1, ge=1, description="equal parts a batch is computed in at least, to save memory")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="bf16 where the device computes it")
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps, or auto")
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto = on CUDA only")

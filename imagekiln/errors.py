@@ -69,6 +69,19 @@ class Interrupted(ImagekilnError):
     exit_code = 75
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: Python's, torch's on a GPU, or torch's on a CPU, which is a plain RuntimeError.
+
+    >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    (True, True)
+    >>> is_out_of_memory(RuntimeError("shapes differ"))
+    False
+    """
+    said = str(error).lower()
+    torchs = isinstance(error, RuntimeError) and ("can't allocate memory" in said or "out of memory" in said)
+    return torchs or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """A sentence naming the nearest known words, or all of them when none is near.
 

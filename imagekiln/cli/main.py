@@ -25,7 +25,7 @@ from imagekiln.cli import (
     tune,
 )
 from imagekiln.cli.output import UNKNOWN_ERROR_EXIT, debug_wanted, say
-from imagekiln.errors import ImagekilnError
+from imagekiln.errors import ImagekilnError, OutOfMemory, is_out_of_memory
 
 app = typer.Typer(
     name="imagekiln",
@@ -80,14 +80,15 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except MemoryError:
-        say("Out of memory. Lower data.size, train.batch or the family's width.")
-        code = 4
     except Exception as error:
         if debug_wanted():
             traceback.print_exc()
-        say(f"Something unforeseen went wrong: {type(error).__name__}: {error}. Add --debug to see where.")
-        code = UNKNOWN_ERROR_EXIT
+        if is_out_of_memory(error):
+            say("Out of memory. Lower data.size, train.batch or the family's width.")
+            code = OutOfMemory.exit_code
+        else:
+            say(f"Something unforeseen went wrong: {type(error).__name__}: {error}. Add --debug to see where.")
+            code = UNKNOWN_ERROR_EXIT
     else:
         code = 0
     sys.exit(code)

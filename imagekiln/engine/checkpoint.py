@@ -7,6 +7,7 @@ the manifest does not confirm, because a flipped bit loads without complaint oth
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -92,6 +93,15 @@ def forget_after(folder: Path, nimg: int) -> None:
 def stored(folder: Path) -> list[Path]:
     """Folders of all checkpoints, newest first."""
     return sorted((p for p in folder.glob("[0-9]*") if p.name.isdigit()), key=lambda p: int(p.name), reverse=True)
+
+
+def noted(folder: Path, key: str) -> set[Any]:
+    """The values of a number in the states of all checkpoints; of one that cannot be read there is none."""
+    found = set()
+    for path in stored(folder):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            found.add(json.loads((path / STATE).read_text(encoding="utf-8")).get(key))
+    return found - {None}
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> Checkpoint:

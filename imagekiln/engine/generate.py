@@ -12,7 +12,7 @@ from torch import Tensor
 from imagekiln.config import parse
 from imagekiln.core import UNLABELLED, Condition, Family, mix, seeded_noise
 from imagekiln.data import to_uint8
-from imagekiln.errors import RecipeError, UsageError, did_you_mean
+from imagekiln.errors import RecipeError, UsageError, did_you_mean, is_out_of_memory
 
 MAX_IMAGES = 1_000_000
 
@@ -100,8 +100,8 @@ def in_parts(part: Callable[[slice], Tensor], count: int, batch: int = 64) -> It
     while start < count:
         try:
             images = part(slice(start, min(count, start + batch)))
-        except (torch.OutOfMemoryError, MemoryError):
-            if batch == 1:
+        except Exception as error:
+            if batch == 1 or not is_out_of_memory(error):
                 raise
             batch = max(1, batch // 2)
             continue

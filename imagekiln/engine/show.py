@@ -21,6 +21,7 @@ from imagekiln.data import Loader, load, to_uint8
 from imagekiln.data.augment import draw
 from imagekiln.engine import augment, device, pictures
 from imagekiln.engine.run import made_folder, write_whole
+from imagekiln.engine.state import parts_of
 
 MOST_SHOWN = 64
 """Pictures of a larger batch that are shown."""
@@ -33,7 +34,7 @@ def batches(recipe: Recipe, source: Source, position: int = 0) -> tuple[Batch, B
     with `train.accumulate` it is the first part of a step. A run that was rolled back sees others.
     """
     train = recipe.train
-    seed, size = mix(train.seed, 0), train.batch // min(train.accumulate, train.batch)
+    seed, size = mix(train.seed, 0), train.batch // parts_of(train.batch, train.accumulate)
     where = device.choose(train.device)
     after = augment.loader(recipe.data, source, seed, size, where, train.batch)
     return Loader(source, seed, size, where, stretch=train.batch).batch(position), after.batch(position)

@@ -37,3 +37,12 @@ class State:
     def __post_init__(self) -> None:
         if isinstance(self.doctor, Mapping):  # as a checkpoint keeps it
             self.doctor = Chart(**self.doctor)
+
+
+def parts_of(batch: int, least: int) -> int:
+    """The fewest equal parts a batch can be computed in, at least so many where it has as many pictures.
+
+    >>> parts_of(12, 1), parts_of(12, 5), parts_of(7, 2), parts_of(8, 100)
+    (1, 6, 7, 8)
+    """
+    return next((parts for parts in range(least, batch) if batch % parts == 0), batch)

@@ -26,10 +26,10 @@ from imagekiln.engine.generate import draw, invents, labels_for
 from imagekiln.engine.inputs import examples, in_words
 from imagekiln.engine.models import save_weights
 from imagekiln.engine.run import Run
-from imagekiln.engine.state import Listener, State
+from imagekiln.engine.state import Listener, State, parts_of
 from imagekiln.engine.twin import follow, twin_of
 from imagekiln.engine.validation import Validation
-from imagekiln.errors import CheckpointError, DiskError, Diverged, OutOfMemory
+from imagekiln.errors import CheckpointError, DiskError, Diverged, OutOfMemory, is_out_of_memory
 
 TICK_SEC = 5.0
 FIRST_PREVIEW_SEC = 30.0
@@ -55,7 +55,7 @@ class Trainer:
         self.family = device.place(family, self.device)
         self.train_source = train
         self.validation = Validation(held_out, self.config.seed, self.device, self._precision)
-        self.state = State(accumulate=min(self.config.accumulate, self.config.batch))
+        self.state = State(accumulate=parts_of(self.config.batch, self.config.accumulate))
         self.repeat = max(phase.repeat for phase in family.phases)
         self.images_per_step = self.config.batch * self.repeat
         self.total_nimg = self.config.total_nimg
@@ -136,7 +136,9 @@ class Trainer:
                 with self._precision():
                     loss = self.family.loss(phase.name, batch, progress)
                 (loss.total * (phase.every / self.state.accumulate)).backward()
-            except (torch.OutOfMemoryError, MemoryError) as error:
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
                 self._split_batches(optimizer, error)
                 slot = 0
                 continue
@@ -172,9 +174,9 @@ class Trainer:
             )
 
     def _split_batches(self, optimizer: torch.optim.Optimizer, error: BaseException) -> None:
-        """Compute every batch in twice as many parts: what is learned from stays the same, memory halves."""
-        parts = self.state.accumulate * 2
-        if self.config.batch % parts:
+        """Compute every batch in more parts, mostly twice as many: what is learned from stays the same."""
+        parts = parts_of(self.config.batch, 2 * self.state.accumulate)
+        if parts == self.state.accumulate:
             raise OutOfMemory(
                 f"A step with {self.loader.size} picture(s) at a time does not fit into memory. "
                 "Lower data.size, the family's width, or train.batch."
@@ -424,8 +426,9 @@ class Trainer:
             tensors = self.inference_twin(name)
             prompts = examples(self.family, self.validation.source)
             save_weights(self.run.weights_path(self.state.nimg, name), tensors, self.recipe, self.train_source, prompts)
-        kept = {self.state.nimg} | ({self.state.best_nimg} if self.state.best_nimg is not None else set())
-        self.run.prune_weights(kept, [round(1000 * kimg) for kimg in self.config.keep_kimg])
+        # The best moment of every checkpoint, because the training may go back to it.
+        kept = {self.state.nimg, self.state.best_nimg} | checkpoint.noted(self.run.checkpoints, "best_nimg")
+        self.run.prune_weights(kept - {None}, [round(1000 * kimg) for kimg in self.config.keep_kimg])
         self._status("training")
 
     # -- small parts --------------------------------------------------------------------------------------------------

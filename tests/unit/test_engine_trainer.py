@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ class Linear(Family):
     phases: tuple[Phase, ...] = (Phase("fit", trains=("net",)),)
     averaged = ("net",)
     largest = 10**9
+    full: Exception = torch.OutOfMemoryError("a picture too many")
 
     def __init__(self, phases: tuple[Phase, ...] = (Phase("fit", trains=("net",)),)) -> None:
         super().__init__(Config(), (3, 16, 16), 3)
@@ -37,7 +39,7 @@ class Linear(Family):
 
     def loss(self, phase, batch, progress):
         if len(batch.images) > self.largest:
-            raise torch.OutOfMemoryError("a picture too many")
+            raise self.full
         trained = [name for name, child in self.named_children() if child.weight.requires_grad]
         self.asked.append((phase, progress.nimg, tuple(trained), batch.images.flatten(1).sum(1).tolist()))
         scores = sum(getattr(self, name)(batch.images.flatten(1)) for name in trained or ["net"])
@@ -88,22 +90,46 @@ def weights(made: Trainer) -> torch.Tensor:
     return made.family.net.weight.detach()  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("parts", [2, 4, 8])
-def test_a_batch_in_parts_learns_the_same(tmp_path: Path, parts: int) -> None:
+@pytest.mark.parametrize(("parts", "size"), [(2, 4), (3, 2), (4, 2), (8, 1), (20, 1)])
+def test_a_batch_in_parts_learns_the_same(tmp_path: Path, parts: int, size: int) -> None:
+    """Of every picture of a batch, also where so many parts would not be equal."""
     whole, split = steps(trainer(tmp_path), 5), steps(trainer(tmp_path, accumulate=parts), 5)
-    assert split.loader.size == 8 // parts and split.state.nimg == whole.state.nimg == 40
+    assert split.loader.size == size and split.state.nimg == whole.state.nimg == 40
     assert torch.allclose(weights(whole), weights(split), atol=1e-6)
     assert not torch.equal(weights(whole), weights(steps(trainer(tmp_path), 4)))
 
 
-@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
-def test_out_of_memory_halves_the_parts_and_learns_the_same(tmp_path: Path, kind) -> None:
+def refused() -> Exception:
+    """What torch says on a CPU to an allocation that cannot be."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    return caught.value
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), MemoryError(), refused()])
+def test_out_of_memory_halves_the_parts_and_learns_the_same(tmp_path: Path, error: Exception) -> None:
     small = Linear()
-    small.largest = 2
+    small.largest, small.full = 2, error
     made = steps(trainer(tmp_path, small), 5)
     assert made.state.accumulate == 4 and made.loader.size == 2
     assert [event["kind"] for event in made.run.events()] == ["memory", "memory"]
     assert torch.allclose(weights(made), weights(steps(trainer(tmp_path), 5)), atol=1e-6)
+
+
+def test_another_error_is_none_of_memory(tmp_path: Path) -> None:
+    broken = Linear()
+    broken.largest, broken.full = 0, RuntimeError("shapes differ")
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        trainer(tmp_path, broken).step()
+
+
+@pytest.mark.parametrize(("batch", "parts"), [(6, [1, 2, 6]), (12, [1, 2, 4, 12]), (7, [1, 7])])
+def test_parts_divide_every_batch_down_to_one_picture(tmp_path: Path, batch: int, parts: list[int]) -> None:
+    for fewer, more in itertools.pairwise(parts):
+        small = Linear()
+        small.largest = batch // more
+        made = steps(trainer(tmp_path, small, batch=batch, accumulate=fewer), 1)
+        assert made.state.accumulate == more and made.loader.size == batch // more
 
 
 def test_when_one_picture_does_not_fit_it_says_what_to_lower(tmp_path: Path) -> None:
@@ -246,6 +272,21 @@ def test_weights_that_are_not_numbers_are_not_saved(tmp_path: Path) -> None:
         made.family.net.weight[0, 0] = float("nan")
     made.time_event("checkpoint")
     assert not list(made.run.checkpoints.iterdir()) and made.run.events()[-1]["kind"] == "non-finite"
+
+
+def test_going_back_finds_the_weights_of_the_best_moment_before(tmp_path: Path) -> None:
+    """A better moment that came after the checkpoint is forgotten with what followed; the one before is still there."""
+    made = trainer(tmp_path)
+    average = next(iter(made.averages))
+    steps(made, 1)._keep_best({average: 1.0})
+    steps(made, 1).save()
+    steps(made, 1)._keep_best({average: 0.5})
+    assert made.run.weights() == made.run.weights_path(24, average)
+    made.go_back(16)
+    assert (made.state.best_nimg, made.state.best_loss) == (8, 1.0)
+    steps(made, 2).save()
+    assert made.run.weights() == made.run.weights_path(8, average)
+    assert not made.run.weights_path(24, average).is_file()
 
 
 def hot(folder: Path, temperature: float, schedule: str = "constant", name: str = "sgd", total_kimg: float = 0.16):
