@@ -447,13 +447,9 @@ def _side_by_side(looks: Sequence[_Look]) -> list[Sheet]:
     if drawn is None:
         return []
     labels = labels_for(SHOWN, source.num_classes)
-    everything = source.read(range(min(len(source), 4000)))
-    known = [] if everything.labels is None else everything.labels.tolist()
-    free = {label: [i for i, own in enumerate(known) if own == label] for label in set(labels)}
-    rows = [free[label].pop(0) if free[label] else index for index, label in enumerate(labels)]
     columns = pictures.columns_for(len(labels), source.num_classes)
     columns = columns if source.num_classes else 10
-    found = [_sheet("real pictures", "Real pictures, for comparison", everything.images[rows], columns)]
+    found = [_sheet("real pictures", "Real pictures, for comparison", pictures.of_labels(source, labels), columns)]
     for look in looks:
         if look.sheet is not None:
             found.append(_sheet(look.name, f"Drawn by {look.name}", look.sheet, columns))

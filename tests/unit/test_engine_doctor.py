@@ -16,7 +16,7 @@ from imagekiln.engine.doctor import ILLNESSES, Finding, History, diagnose
 from imagekiln.engine.doctor import acts as acting
 from imagekiln.engine.doctor.chart import Chart
 from imagekiln.engine.doctor.practice import LOOKS, SHARE, affordable
-from imagekiln.engine.doctor.signals import KINDS, Real, grid_power, label_effect, pooled, spread
+from imagekiln.engine.doctor.signals import AT_ONCE, KINDS, Real, grid_power, label_effect, pooled, spread
 from imagekiln.engine.run import Run
 from imagekiln.engine.tracker import Silent
 from imagekiln.engine.trainer import Trainer
@@ -240,6 +240,21 @@ def test_signals_of_real_pictures_are_those_of_health() -> None:
     assert found["copies"] == 0 and found["grid"] < 2
     assert real.missing(real.kinds_of(fresh.images)) <= 0.2
     assert int(real.kinds_K.sum()) == 256 and len(real.kinds_K) == KINDS
+
+
+def test_real_pictures_are_read_in_parts() -> None:
+    asked: list[int] = []
+
+    class Counted(Shades):
+        def read(self, indices) -> Batch:
+            asked.append(len(indices))
+            return super().read(indices)
+
+    source = Counted(150)
+    real = Real(source)
+    assert asked == [AT_ONCE, AT_ONCE, 150 - 2 * AT_ONCE]
+    assert torch.equal(real.rows_MD, pooled(source.images)) and torch.equal(real.labels_M, source.labels)
+    assert real.grid_power == pytest.approx(grid_power(source.images))
 
 
 def test_signals_see_what_is_wrong() -> None:

@@ -22,6 +22,9 @@ SIDE = 16
 MOST_REAL = 1024
 """Real pictures that drawn ones are compared with."""
 
+AT_ONCE = 64
+"""Of them as many are read at a time: whole pictures are large, what is kept of them is small."""
+
 KINDS, ROUNDS, STARTS = 10, 10, 4
 """Groups the real pictures are divided into, rounds of k-means that find them, and starts of which the best is kept."""
 
@@ -95,13 +98,18 @@ class Real:
     """
 
     def __init__(self, source: Source) -> None:
-        step = math.ceil(len(source) / MOST_REAL)
-        raw = source.read(range(0, len(source), step))
-        self.rows_MD, labels_M = pooled(raw.images), raw.labels
+        chosen = range(0, len(source), math.ceil(len(source) / MOST_REAL))
+        rows, labels, power = [], [], 0.0
+        for at in range(0, len(chosen), AT_ONCE):
+            part = source.read(chosen[at : at + AT_ONCE])
+            rows.append(pooled(part.images))
+            labels += [] if part.labels is None else [part.labels]
+            power += grid_power(part.images) * len(part.images)
+        self.rows_MD, self.grid_power = torch.cat(rows), power / len(chosen)
+        labels_M = torch.cat(labels) if labels else None
         known = labels_M is not None and source.num_classes > 1 and bool((labels_M != UNLABELLED).all())
         self.labels_M = labels_M if known else None
         self.spread = spread(self.rows_MD, self.labels_M)
-        self.grid_power = grid_power(raw.images)
         self.label_effect = label_effect(self.rows_MD, self.labels_M) if self.labels_M is not None else math.nan
         between_MM = torch.cdist(self.rows_MD, self.rows_MD).fill_diagonal_(math.inf)
         self.nearest_M = between_MM.min(1).values
