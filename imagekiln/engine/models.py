@@ -247,7 +247,11 @@ def _open_codec(path: str) -> Codec:
 
 
 def _load_codec(weights: Path, where: str) -> Codec:
-    if (codec := published.reopened(weights)) is not None:
+    try:
+        codec = published.reopened(weights)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{where} cannot be read ({error}). Name the run of an autoencoder.") from None
+    if codec is not None:
         return codec
     model = load_model(weights)
     if not isinstance(model.family, Coder):

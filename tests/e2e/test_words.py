@@ -114,6 +114,11 @@ def test_a_model_of_words_is_trained_drawn_with_and_taken_elsewhere(cli, place: 
             2,
             "data.codec",
         ),
+        (
+            ["train", "stable_diffusion", "--data", "photos", "--out", "never", "--set", "data.codec=gone.safetensors"],
+            2,
+            "data.codec",
+        ),
         (["train", "stable_diffusion", "--data", "photos", "--out", "never", "--set", "data.codec=run"], 2, "encode"),
         (["train", "stable_diffusion", "--data", "photos", "--out", "never", "--set", "data.size=9"], 2, "even size"),
         (["train", "autoencoder", "--data", "photos", "--out", "never", "--set", "data.size=10"], 2, "multiples of 4"),
