@@ -33,7 +33,7 @@ def assign(
     labels: None where unknown. claimed: the side a picture had or its source gave it, "" for none.
 
     A class that can spare a picture (one or more at these fractions) has at least one held out, the one whose hash is
-    nearest to the border; and no side is left empty while there are two groups.
+    nearest to the border, of groups that are not too large; and no side is left empty while there are two groups.
 
     >>> assign(["00" * 16, "ff" * 16, "80" * 16], np.array([0, 1, 0]), [None] * 3, [""] * 3, 0.5)
     ['validation', 'train', 'validation']
@@ -50,15 +50,15 @@ def assign(
     # groups would nearly all be held out.
     place = {group: 1 - (1 - x) ** len(different[group]) for group, x in smallest.items()}
     given = set(side)
-    sizes = Counter(groups.tolist())
     largest = max(_SMALL, max(validation_fraction, test_fraction) * len(groups))
+    oversized = {group for group, size in Counter(groups.tolist()).items() if size > largest}
     for group, where in place.items():
         if group not in given:
-            fits = sizes[group] <= largest
+            fits = group not in oversized
             held_out = fits and where < validation_fraction
             tested = fits and validation_fraction <= where < validation_fraction + test_fraction
             side[group] = VALIDATION if held_out else TEST if tested else TRAIN
-    _spare(side, place, given, groups, labels, validation_fraction)
+    _spare(side, place, given, oversized, groups, labels, validation_fraction)
     return [side[group] for group in groups.tolist()]
 
 
@@ -66,11 +66,15 @@ def _spare(
     side: dict[int, str],
     place: Mapping[int, float],
     given: set[int],
+    oversized: set[int],
     groups: np.ndarray,
     labels: Sequence[str | None],
     fraction: float,
 ) -> None:
-    """Hold out one group of every class that has none held out and can spare it, then one of the set."""
+    """Hold out one group of every class that has none held out and can spare it, then one of the set.
+
+    oversized: groups that are held out only where the set has no other.
+    """
     members: dict[str | None, list[int]] = {}
     for label, group in zip(labels, groups.tolist(), strict=True):
         members.setdefault(label, []).append(group)
@@ -80,11 +84,12 @@ def _spare(
         if (label is None and not whole_set) or fraction == 0:
             continue
         distinct = dict.fromkeys(found)
-        free = [group for group in distinct if group not in given and side[group] == TRAIN]
+        may = [group for group in distinct if whole_set or group not in oversized]
+        free = [group for group in may if group not in given and side[group] == TRAIN]
         kept = sum(side[group] == TRAIN for group in distinct)
         lacking = not any(side[group] == VALIDATION for group in distinct)
         if lacking and free and kept > 1 and (whole_set or len(found) * fraction >= 1):
-            side[min(free, key=lambda group: (place[group], group))] = VALIDATION
+            side[min(free, key=lambda group: (group in oversized, place[group], group))] = VALIDATION
     if len(everything) > 1 and all(where != TRAIN for where in side.values()) and fraction < 1:
         free = [group for group in everything if group not in given]
         if free:

@@ -104,3 +104,16 @@ def test_a_group_larger_than_the_held_out_part_is_trained_on() -> None:
         groups[:40] = 0
         sides = assign(digests(100, seed), groups, [None] * 100, [""] * 100, 0.2)
         assert sides[:40] == [TRAIN] * 40 and VALIDATION in sides[40:]
+
+
+def test_what_a_class_or_a_set_spares_is_not_its_largest_group() -> None:
+    crowd = np.array([0] * 18 + [1, 2])
+    for seed in range(20):
+        for labels in ([None] * 20, ["a"] * 20):
+            sides = assign(digests(20, seed), crowd, labels, [""] * 20, 0.1)
+            assert sides[:18] == [TRAIN] * 18 and VALIDATION in sides[18:]
+    # A class of nothing but crowds keeps them; a set of nothing but crowds has to hold one out.
+    groups = np.concatenate([np.repeat([0, 1], 10), np.arange(2, 22)])
+    sides = assign(digests(40), groups, ["crowds"] * 20 + ["singles"] * 20, [""] * 40, 0.1)
+    assert sides[:20] == [TRAIN] * 20 and VALIDATION in sides[20:]
+    assert set(assign(digests(20), groups[:20], [None] * 20, [""] * 20, 0.1)) == {TRAIN, VALIDATION}
