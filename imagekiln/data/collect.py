@@ -13,7 +13,7 @@ from pathlib import Path
 
 from imagekiln.data import scan, webdataset
 from imagekiln.data.files import Files, JoinedFiles, printable, short_names
-from imagekiln.data.found import Found, listed
+from imagekiln.data.found import Found, drop_lone_train_split, listed
 from imagekiln.data.metadata import known_encoding
 from imagekiln.errors import UsageError
 
@@ -26,7 +26,7 @@ def collect(
     """The pictures of all sources, source by source, each in the order of `scan.find`.
 
     sources: what `scan.find` takes. One alone is what `scan.find` says; of several, every name begins with a short name
-        of its source and a slash.
+        of its source and a slash. A split counts where one is named that is not trained on.
     caption_encoding: of captions and metadata that are not UTF-8.
     progress: called as progress(done, total) after every source.
 
@@ -42,7 +42,9 @@ def collect(
         found.append(scan.find(source, caption_encoding=caption_encoding))
         if progress is not None:
             progress(number, len(given))
-    return found[0] if len(found) == 1 else _joined(given, found)
+    whole = found[0] if len(found) == 1 else _joined(given, found)
+    drop_lone_train_split(whole)
+    return whole
 
 
 def _joined(given: Sequence[str], found: Sequence[Found]) -> Found:

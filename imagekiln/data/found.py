@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
 from imagekiln.data.files import EMPTY_FOLDER, SUFFIXES, Files, normal, printable
@@ -120,6 +120,13 @@ def listed(names: Iterable[str], most: int = 5) -> str:
     names = list(names)
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(printable(name) for name in names[:most]) + more
+
+
+def drop_lone_train_split(found: Found) -> None:
+    """Forget what the pictures say of splits where all that is named is training, or nothing would be held out."""
+    if {picture.split for picture in found.pictures} - {None} == {"train"}:
+        found.pictures = [replace(picture, split=None) for picture in found.pictures]
+        found.notices.append("The set names a split to train on and no other, so its content decides what is held out.")
 
 
 def mention_passed_over(found: Found) -> None:

@@ -25,6 +25,7 @@ import numpy as np
 from imagekiln.config import DataConfig
 from imagekiln.data import buckets, builtin, decode, packed, pixels, scan, shard_index, shards, webdataset
 from imagekiln.data.files import TAR_SUFFIXES, printable, stem
+from imagekiln.data.found import drop_lone_train_split
 from imagekiln.data.pixels import ProgressFn
 from imagekiln.data.source import NOTHING_HELD_OUT, Dataset, Table, dataset, digest, split
 from imagekiln.errors import DataError, DiskError, UsageError
@@ -155,6 +156,7 @@ def _pack_published(name: str, arrays: builtin.Arrays, data: DataConfig, folder:
 def _pictures(path: Path, data: DataConfig, cache: Path, progress: ProgressFn | None) -> Dataset:
     pixels.require_size(data)
     found = scan.find(path)
+    drop_lone_train_split(found)
     folder = cache / "packed" / _key(found, data)
     if folder.is_dir():
         try:

@@ -120,6 +120,16 @@ def test_splits_of_a_source_stay(tmp_path: Path) -> None:
     }
 
 
+def test_training_as_the_only_split_is_none(tmp_path: Path) -> None:
+    marked = lay(tmp_path / "marked", {"train/a/1.png": "", "train/b/2.png": ""})
+    test = lay(tmp_path / "test", {"test/a/1.png": "", "train/a/2.png": ""})
+    for sources in ([marked], [marked, lay(tmp_path / "plain", {"a/3.png": "", "b/4.png": ""})]):
+        found = collect(sources)
+        assert {picture.split for picture in found.pictures} == {None}
+        assert found.pictures[0].label == "a" and "content decides what is held out" in found.notices[-1]
+    assert {picture.split for picture in collect([marked, test]).pictures} == {"train", "test"}
+
+
 @pytest.mark.parametrize(
     ("first", "second", "notice"),
     [

@@ -377,6 +377,13 @@ def test_a_split_of_the_set_itself_is_kept(tmp_path: Path) -> None:
     assert all("test" in file for file in dataset.validation.files) and dataset.train.class_names == ("a", "b")
 
 
+def test_a_set_that_names_training_alone_has_held_out_pictures_all_the_same(tmp_path: Path) -> None:
+    plain = loaded(lay(tmp_path / "plain", 20), tmp_path / "cache")
+    dataset = loaded(lay(tmp_path / "set" / "train", 20).parent, tmp_path / "cache")
+    assert len(dataset.validation) == len(plain.validation) > 0 and dataset.validation is not dataset.train
+    assert dataset.fingerprint == plain.fingerprint and len(dataset.notices) == 2
+
+
 def test_shards_are_data(tmp_path: Path) -> None:
     dataset = loaded(lay(tmp_path / "set", 12), tmp_path / "cache")
     write_shards(dataset, tmp_path / "shards")
