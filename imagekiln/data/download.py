@@ -32,6 +32,7 @@ from filelock import FileLock, Timeout
 from imagekiln import signals
 from imagekiln.data import decode, web
 from imagekiln.data.files import printable
+from imagekiln.data.metadata import surplus
 from imagekiln.errors import DataError, DiskError, UsageError
 
 JOURNAL = "downloads.jsonl"
@@ -183,6 +184,8 @@ def _csv(where: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             raise UsageError(f"{where} has no column url. Columns found: {printable(', '.join(columns)) or 'none'}.")
         table.fieldnames = columns
         for row in table:
+            if why := surplus(row, delimiter):
+                raise UsageError(f"{where} line {table.line_num} {why}")
             yield table.line_num, {key: value or None for key, value in row.items() if key in _COLUMNS}
     except csv.Error as error:
         raise UsageError(f"{where} line {table.line_num} cannot be read as CSV: {error}.") from None

@@ -12,10 +12,11 @@ import io
 import json
 import posixpath
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import PurePosixPath
+from typing import Any
 
 from imagekiln.data.captions import MAX_CAPTION, shorten
 from imagekiln.data.files import Files, escapes, normal, printable
@@ -233,9 +234,22 @@ def _rows(files: Files, file: str, encoding: str) -> Iterator[tuple[str, dict[st
             raise DataError(f"{where} has no column file_name. Columns found: {listed(columns, 20) or 'none'}.")
         table.fieldnames = columns
         for row in table:
+            if why := surplus(row, delimiter):
+                raise DataError(f"{where} line {table.line_num} {why}")
             yield f"{where} line {table.line_num}", {key: value for key, value in row.items() if key is not None}
     except csv.Error as error:
         raise DataError(f"{where} line {table.line_num} cannot be read as CSV: {printable(str(error))}.") from None
+
+
+def surplus(row: Mapping[Any, Any], delimiter: str) -> str:
+    """What is wrong with a row of `csv.DictReader` that has more values than there are columns; "" where nothing is.
+
+    >>> surplus({"file_name": "a.png", "text": "a cat", None: [""]}, ",")
+    ''
+    """
+    if not any(value.strip() for value in row.get(None) or ()):
+        return ""
+    return f"has more values than there are columns. Put a text that holds {delimiter!r} between double quotes."
 
 
 def json_object(text: str, place: str) -> dict[str, object]:

@@ -511,6 +511,7 @@ def test_two_downloads_do_not_write_to_one_folder(site: Site, tmp_path: Path) ->
         ("a.txt", "http://a.org/\x1b[31m", r"line 1: .*\\x1b.*control characters"),
         ("a.csv", "link,text\nhttp://a.org/x,b\n", "no column url. Columns found: link, text"),
         ("a.csv", "url,text\nhttp://a.org/x,b\n,c\n", "line 3: there is no url"),
+        ("a.csv", "url,text\nhttp://a.org/x,a cat, asleep\n", "line 2 has more values than there are columns. Put"),
         ("a.csv", "url,sha256\nhttp://a.org/x,abc\n", "line 2: sha256 is 'abc'"),
         ("a.jsonl", '{"url": "http://a.org/x"}\n{"url": \n', "line 2: expected an object"),
         ("a.jsonl", '{"url": "http://a.org/x", "label": 1.5}', "line 1: label is 1.5"),

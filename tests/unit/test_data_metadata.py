@@ -16,6 +16,7 @@ from imagekiln.data import load
     [
         ("file_name,text,tags", ["0.png,a cat,pet|Animal|a cat", "1.png,a dog,"], ["a cat, pet, Animal", "a dog"]),
         ("file_name,tags", ['0.png,"cat, pet"', "1.png,|  | "], ["cat, pet", ""]),
+        ("file_name,text", ['0.png,"a cat, asleep"', "1.png,a dog,,"], ["a cat, asleep", "a dog"]),
         ("file_name,caption,tags", ["0.png,一只猫,猫|动物", "1.png,,x"], ["一只猫, 猫, 动物", "x"]),
     ],
 )

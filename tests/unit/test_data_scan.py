@@ -218,6 +218,12 @@ def test_rows_and_pictures_that_do_not_meet(tmp_path: Path) -> None:
         ("metadata.csv", "file_name\n/etc/passwd\n", "line 2: file_name '/etc/passwd' leaves the folder"),
         ("metadata.csv", "file_name\nC:\\x.png\n", "leaves the folder"),
         ("metadata.csv", "file_name\nno.png\n", "No row of metadata.csv"),
+        (
+            "metadata.csv",
+            "file_name,text\na.png,a cat, on a sofa\n",
+            "line 2 has more values than there are columns. Put",
+        ),
+        ("metadata.csv", "file_name;text;label\na.png;a;b;cat\n", "a text that holds ';' between double quotes"),
         ("metadata.csv", "file_name\n" + "x" * 200_000 + "\n", "cannot be read as CSV"),
         ("metadata.csv", "file_name,text\na.png,白色的猫\n".encode("gb18030"), "metadata.csv is not UTF-8"),
         ("metadata.jsonl", '{"file": "a.png"}', "line 1: there is no file_name. Columns found: file"),
