@@ -280,7 +280,8 @@ def mix(*keys: int | str) -> int:
     (True, False)
     """
     text = "\x1f".join(f"{type(key).__name__}:{key}" for key in keys)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+    raw = text.encode("utf-8", "surrogatepass")  # a file name that is not UTF-8 is a key too
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little") >> 1
 
 
 def half_cosine(start: float, end: float, fraction: float) -> float:

@@ -241,6 +241,14 @@ def test_captions_are_made_from_labels_where_there_are_none(photos: Path, tmp_pa
     assert set(texts.values()) == {"a cat", "a dog", "one cat, 100%", "one dog, 100%"}
 
 
+@pytest.mark.skipif(os.name == "nt", reason="names are Unicode on Windows")
+def test_a_template_for_a_name_that_is_not_utf8(photos: Path, tmp_path: Path) -> None:
+    scene(30).save(photos / "cat" / os.fsdecode(b"caf\xe9.png"))
+    config = PrepareConfig(size=16, caption_templates=("a {label}",))
+    texts = {row["file_name"]: row["text"] for row in prepare([str(photos)], tmp_path / "set", config).rows}
+    assert texts["cat/caf\udce9.png"] == "a cat"
+
+
 def test_grey_sets_become_coloured_when_colour_comes(tmp_path: Path) -> None:
     root = tmp_path / "grey"
     root.mkdir()
