@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -33,6 +34,7 @@ _MARKS = (  # the longer marks first: the one of UTF-32 begins like the one of U
     (codecs.BOM_UTF8, "utf-8-sig"),
 )
 _PROPOSED = ("gb18030", "big5", "shift_jis", "cp1252")
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what JSON may hold and no encoder of text takes
 _PREVIEW = 20  # characters
 _PREVIEW_BYTES = 2**16
 
@@ -99,8 +101,9 @@ def _previews(raw: bytes) -> str:
 
 
 def cleaned(text: str | None) -> str | None:
-    """A caption without NUL and outer space, cut between words to `MAX_CAPTION` characters; None if nothing is left."""
-    return shorten((text or "").replace("\0", "").strip()) or None
+    """A caption without NUL, halves of surrogate pairs and outer space, cut between words to `MAX_CAPTION` characters;
+    None if nothing is left."""
+    return shorten(_NO_TEXT.sub("", text or "").strip()) or None
 
 
 def with_tags(text: str | None, tags: str | None) -> str | None:

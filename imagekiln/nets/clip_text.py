@@ -81,7 +81,11 @@ class TextEncoder(nn.Module):
     def read(self, captions: Sequence[str]) -> Tensor:
         """tokens_BL int64 on the CPU: start, tokens, end, and ends up to the context's length."""
         read = self.tokenizer()(
-            list(captions), padding="max_length", truncation=True, max_length=self.context, return_tensors="pt"
+            [_utf8(caption) for caption in captions],
+            padding="max_length",
+            truncation=True,
+            max_length=self.context,
+            return_tensors="pt",
         )
         tokens_BL: Tensor = read["input_ids"]
         return tokens_BL
@@ -125,13 +129,19 @@ def _tokenizer(merges: bytes, size: int, context: int) -> Any:
     return transformers().CLIPTokenizer(vocab=vocabulary, merges=named, model_max_length=context)
 
 
+def _utf8(text: str) -> str:
+    """A text without halves of surrogate pairs: a class or a prompt that was no UTF-8 holds them, and they have no
+    bytes to be read by."""
+    return text.encode("utf-8", "ignore").decode()
+
+
 def _learned(captions: Sequence[str], size: int) -> list[tuple[int, int]]:
     """At most size - 514 merges as pairs of token numbers, in the order of their making."""
     words: dict[tuple[int, ...], int] = {}
     place = {sign: number for number, sign in enumerate(byte_signs())}
     backend = _tokenizer(b"", BYTES + MARKS, 8).backend_tokenizer
     for caption in captions:
-        for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(caption)):
+        for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(_utf8(caption))):
             numbers = [place[sign] for sign in word]
             key = (*numbers[:-1], numbers[-1] + 256)
             words[key] = words.get(key, 0) + 1

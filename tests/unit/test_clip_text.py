@@ -78,6 +78,16 @@ def test_words_of_the_captions_are_single_tokens():
     assert "".join(tokens(made, "zebra")) == "zebra</w>" and len(tokens(made, "zebra")) > 1
 
 
+def test_what_has_no_bytes_is_passed_over():
+    """A folder named in Latin-1 is a class whose name holds halves of surrogate pairs."""
+    made = encoder()
+    made.study(["caf\udce9"] * 3)
+    other = encoder()
+    other.study(["caf"] * 3)
+    assert made.merges_M2.equal(other.merges_M2)
+    assert made.read(["a caf\udce9 \ud83d"]).equal(made.read(["a caf"]))
+
+
 def test_the_vocabulary_travels_with_the_weights():
     made, other = encoder(), TextEncoder(width=32, layers=2, context=12, vocabulary=BYTES + MARKS + 20)
     other.load_state_dict(made.state_dict())

@@ -192,7 +192,7 @@ def test_utf16_with_its_mark_and_quoted_line_breaks(tmp_path: Path) -> None:
 def test_jsonl_with_numbers_and_gaps(tmp_path: Path) -> None:
     rows = [{"file_name": "a.png", "label": 7, "text": "x\u2028y\0"}, {"file_name": "b.png", "label": -1, "text": ""}]
     text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    found = find(lay(tmp_path, {**PICTURES, "metadata.jsonl": text}))
+    found = find(lay(tmp_path, {**PICTURES, "metadata.jsonl": text.replace("y", "y\\ud83d")}))
     assert [(p.label, p.text) for p in found.pictures] == [("7", "x\u2028y"), (None, None)]
 
 
