@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from imagekiln.engine import recipe as recipes
 from imagekiln.engine.bench import BATCH, Bench
 from imagekiln.engine.generate import draw, invents, options_for, reconstructed
 from imagekiln.engine.inputs import in_words
+from imagekiln.engine.kept import keep
 from imagekiln.engine.models import Model, guide_by, hash_of, open_model
 from imagekiln.engine.run import Run
 from imagekiln.engine.tracker import Say
@@ -88,9 +88,8 @@ def _evaluate_run(
         rows += bench.measure(images, labels)
         rows += _reconstruction(model, dataset.validation, bench.provenance("pixels"))
         pictures.write(_neighbour_sheet(bench, images), run.picture_path("neighbours"))
-    for row in rows:
-        given = {key: value for key, value in {**options, "guide": guide and str(guide)}.items() if value is not None}
-        run.append_measurement(json.loads(row.to_json()) | {"options": given, "unix_sec": round(time.time())})
+    given = {**options, "guide": guide and str(guide)}
+    keep(run, rows, {key: value for key, value in given.items() if value is not None})
     return rows
 
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +30,7 @@ from imagekiln.engine.agreement import differences, paired_distance, same_seed_d
 from imagekiln.engine.bench import BATCH, Bench
 from imagekiln.engine.generate import draw, labels_for, options_for
 from imagekiln.engine.inputs import in_words
+from imagekiln.engine.kept import keep, kept
 from imagekiln.engine.models import Model, hash_of, open_model
 from imagekiln.engine.run import Run
 from imagekiln.engine.tracker import Say
@@ -226,9 +225,7 @@ class _Look:
         if not rows:
             self.bench.subject_hash = hash_of(model.weights)
             rows = self.bench.measure(images, labels)
-            for row in rows:
-                record = json.loads(row.to_json()) | {"options": {}, "unix_sec": round(time.time())}
-                self.run.append_measurement(record)
+            keep(self.run, rows, {})
         estimates = _estimates(rows, self.bench)
         real = _real(self.shared, self.count)
         variety = float(self.features_ND.double().var(0).sum() / real.double().var(0).sum())
@@ -294,13 +291,7 @@ def _kept(run: Run, bench: Bench, weights_hash: str, count: int) -> list[Measure
     """The newest measurements of the run that `bench.measure` would give again; [] where one has to be made."""
     found: dict[str, Measurement] = {}
     own = bench.provenance(bench.network_name)
-    for record in run.measurements():
-        options = record.pop("options", None)
-        record.pop("unix_sec", None)
-        try:
-            row = Measurement.from_json(json.dumps(record))
-        except UsageError:
-            continue
+    for row, options in kept(run):
         origin = row.provenance
         same = (origin.weights_hash, origin.reference_hash) == (weights_hash, own.reference_hash)
         seen = (origin.features, origin.features_hash) == (own.features, own.features_hash)

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from imagekiln.engine.kept import kept
 from imagekiln.engine.models import Model, hash_of
 from imagekiln.engine.run import Run, disk_faults, write_whole
+from imagekiln.metrics import Measurement, table
 
 PICTURE = "samples.png"
 
@@ -21,7 +23,7 @@ def write_card(model: Model, out: Path, use: str, facts: Sequence[str], limits: 
 
     use: how to load it, in Markdown. facts: what was checked. limits: sentences; those of every model are added.
     """
-    run = Run.of_weights(model.weights)
+    run, weights_hash = Run.of_weights(model.weights), hash_of(model.weights)
     meta, family = run.meta(), model.family
     channels, rows, columns = family.picture_shape
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in family.named_children()}
@@ -29,7 +31,7 @@ def write_card(model: Model, out: Path, use: str, facts: Sequence[str], limits: 
         f"- Family: {family.config.name}; pictures of {columns} x {rows} pixels, {channels} channels.",
         f"- Parameters: {', '.join(f'{name} {count:,}' for name, count in counts.items() if count)}.",
         f"- Trained with imagekiln {meta.get('version') or metadata.version('imagekiln')}; "
-        f"weights {model.weights.name}, sha256 {hash_of(model.weights)}.",
+        f"weights {model.weights.name}, sha256 {weights_hash}.",
         f"- Data: {meta.get('data_summary') or 'not recorded'}",
         f"- Fingerprint of the data: {meta.get('data_fingerprint') or 'not recorded'}.",
         *(f"- {fact}" for fact in facts),
@@ -44,7 +46,7 @@ def write_card(model: Model, out: Path, use: str, facts: Sequence[str], limits: 
         "\n".join(told),
         *([f"![drawn by this model]({PICTURE})"] if shown else []),
         f"## Use\n\n{use}",
-        f"## Measured\n\n{_measured(run)}",
+        f"## Measured\n\n{_measured(run, weights_hash)}",
         "## Limits\n\n" + "\n".join(f"- {limit}" for limit in [*limits, *_few_steps(family), *general]),
     ]
     write_whole(out / "README.md", "\n\n".join(parts) + "\n")
@@ -71,17 +73,16 @@ def _picture(run: Run, out: Path) -> bool:
     return True
 
 
-def _measured(run: Run) -> str:
-    """The newest number of every metric, as a table."""
-    newest = {}
-    for row in run.measurements():
-        if {"metric", "value", "n"} <= row.keys():
-            newest[row["metric"], (row.get("provenance") or {}).get("features", "")] = row
-    if not newest:
-        return "Nothing was measured. `imagekiln evaluate` measures a run."
-    lines = ["| metric | features | value | 95 % interval | pictures |", "|---|---|---|---|---|"]
-    for (metric, features), row in sorted(newest.items()):
-        low, high = row.get("low"), row.get("high")
-        interval = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
-        lines.append(f"| {metric} | {features} | {row['value']:.4g} | {interval} | {row['n']} |")
-    return "\n".join(lines)
+def _measured(run: Run, weights_hash: str) -> str:
+    """The newest numbers of these weights, drawn from by default: a table for every set of real pictures."""
+    found: dict[tuple[str, str], dict[str, Measurement]] = {}
+    for row, options in kept(run):
+        origin = row.provenance
+        if origin.weights_hash == weights_hash and not options:
+            found.setdefault((origin.reference, origin.reference_hash), {})[row.label] = row
+    if not found:
+        return "Nothing was measured of these weights. `imagekiln evaluate` measures a run."
+    parts = [
+        f"Beside {reference}:\n\n{table(list(rows.values()), 'markdown')}" for (reference, _), rows in found.items()
+    ]
+    return "\n\n".join(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from itertools import pairwise
@@ -16,9 +17,11 @@ from imagekiln.config import write_toml
 from imagekiln.core import Family
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine.codec import Codec
-from imagekiln.engine.models import load_model, open_model, save_weights
+from imagekiln.engine.kept import keep
+from imagekiln.engine.models import hash_of, load_model, open_model, save_weights
 from imagekiln.engine.run import Run
 from imagekiln.errors import UsageError
+from imagekiln.metrics import Measurement, Provenance
 from imagekiln.testing import Toy
 
 diffusers = pytest.importorskip("diffusers")
@@ -205,16 +208,40 @@ def test_what_no_pipeline_computes_is_refused(family: dict[str, Any], kind: str,
 
 def test_the_card_says_what_the_model_is(tiny: Run, tmp_path: Path) -> None:
     run = speaking(tmp_path / "painter", tiny)
-    run.append_measurement({"metric": "frechet", "value": 1.25, "n": 9, "low": 1.0, "high": 1.5})
+    keep(run, [measured(run)], {})
     run.sample_path(0).parent.mkdir()
     run.sample_path(0).write_bytes(b"png")
     receipt = api.export(run, "diffusers", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "max_sequence_length=0" in card and "max_sequence_length=0" in receipt["call"]
-    for told in ("# painter", "f00d", "toys", "frechet", "1 to 1.5", "samples.png", "8 tokens", "sha256"):
+    for told in ("# painter", "f00d", "toys", "FD[classifier]", "1 .. 1.5", "samples.png", "8 tokens", "sha256"):
         assert told in card, told
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert index["text_encoder_3"] == [None, None]
+
+
+def measured(run: Run, value: float = 1.25, features: str = "classifier", reference: str = "toys") -> Measurement:
+    origin = Provenance(features, "f", reference, "r", hash_of(run.weights()))
+    return Measurement("frechet", value, 9, 9, origin, low=value - 0.25, high=value + 0.25)
+
+
+def test_the_card_tells_numbers_of_these_weights_drawn_by_default(tiny: Run, tmp_path: Path) -> None:
+    run = speaking(tmp_path / "painter", tiny)
+    others = measured(run, 66.0)
+    keep(run, [dataclasses.replace(others, provenance=dataclasses.replace(others.provenance, weights_hash="w"))], {})
+    run.append_measurement({"metric": "frechet", "value": 77.0})
+    api.export(run, "diffusers", tmp_path / "unmeasured")
+    assert "Nothing was measured of these weights." in (tmp_path / "unmeasured" / "README.md").read_text()
+    keep(run, [measured(run, 88.0), measured(run), measured(run, 2.5, "randconv-v1")], {})
+    keep(run, [measured(run, math.inf, "pixels"), measured(run, 3.5, reference="others")], {})
+    keep(run, [measured(run, 99.0)], {"guide": "other/run"})
+    api.export(run, "diffusers", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    toys, others_too = card.split("Beside toys:\n")[1].split("Beside others:\n")
+    for told in ("| FD[classifier] | 1.25 | 1 .. 1.5 |", "| FD[randconv-v1] | 2.5 |", "| FD[pixels] | inf |"):
+        assert told in toys, told
+    assert "| FD[classifier] | 3.5 |" in others_too
+    assert not any(f"| {number} |" in card for number in (66, 77, 88, 99))
 
 
 def test_a_unet_on_latents_comes_with_its_autoencoder(tiny: Run, tmp_path: Path) -> None:
