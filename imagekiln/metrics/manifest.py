@@ -26,6 +26,7 @@ INCEPTION = "inception-2015"
 PUBLISHED_NAMES = {"frechet": "FID", "kernel": "KID", "frechet_infinity": "FID-infinity"}
 """Names that only numbers on the 2015 Inception features may have."""
 FLOATS = ("value", "low", "high", "floor", "ratio", "seconds")
+NOT_FINITE = ("inf", "-inf", "nan")
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,7 @@ class Measurement:
         """
         record = dataclasses.asdict(self)
         record |= record.pop("provenance")
-        for name in FLOATS:
-            if record[name] is not None and not math.isfinite(record[name]):
-                record[name] = str(record[name])
-        return json.dumps(record, allow_nan=False, sort_keys=True)
+        return json.dumps(_finite(record), allow_nan=False, sort_keys=True)
 
     @classmethod
     def from_json(cls, line: str) -> Measurement:
@@ -106,9 +104,28 @@ class Measurement:
             record = json.loads(line)
             origin = {f.name: record.pop(f.name) for f in dataclasses.fields(Provenance)}
             numbers = {name: None if record[name] is None else float(record[name]) for name in FLOATS}
+            record["details"] = _numbers(record["details"])
             return cls(**{**record, **numbers}, provenance=Provenance(**origin))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UsageError(f"This line is not a measurement ({error}): {line[:80]!r}; evaluate again.") from error
+
+
+def _finite(value: Any) -> Any:
+    """Plain values in which floats that are not finite are text, as JSON has no numbers for them."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(value: Any) -> Any:
+    """The inverse of `_finite`."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return float(value) if value in NOT_FINITE else value
 
 
 def comparable(a: Measurement, b: Measurement) -> str | None:

@@ -272,14 +272,24 @@ def _ratios(found: Search, resamples: int, seed: int) -> list[CopyRatio]:
     distance_G, distance_H = (near.distances[:, 0] for near in found)
     q_K = torch.tensor(QUANTILES, dtype=torch.float64)
     generator = torch.Generator().manual_seed(mix(seed, "copy ratio"))
-    tail_K = torch.tensor([(1.0 - LEVEL) / 2, (1.0 + LEVEL) / 2], dtype=torch.float64)
     draws_KR = _resampled(distance_G, q_K, resamples, generator) / _resampled(distance_H, q_K, resamples, generator)
     rows = zip(q_K, distance_G.quantile(q_K), distance_H.quantile(q_K), draws_KR, strict=True)
     ratios = []
     for q, own, fresh, draws_R in rows:
-        low, high = draws_R.quantile(tail_K).tolist()
-        ratios.append(CopyRatio(float(q), float(own / fresh), low, high, float(own), float(fresh)))
+        ratios.append(CopyRatio(float(q), float(own / fresh), *_tails(draws_R), float(own), float(fresh)))
     return ratios
+
+
+def _tails(draws_R: Tensor) -> tuple[float, float]:
+    """The ends of the interval of resampled ratios. A resample of copies alone has a held-out distance of 0: its ratio
+    is infinite, or 0 / 0, which may be anything and so counts at both ends. Between a number and infinity is infinity.
+    """
+    found = []
+    for tail, unknown in (((1.0 - LEVEL) / 2, 0.0), ((1.0 + LEVEL) / 2, math.inf)):
+        ordered_R = draws_R.masked_fill(draws_R.isnan(), unknown).sort().values
+        above = ordered_R[math.ceil(tail * (len(ordered_R) - 1))]
+        found.append(float(above if above.isinf() else ordered_R.quantile(tail)))
+    return found[0], found[1]
 
 
 def _resampled(distance_Q: Tensor, q_K: Tensor, resamples: int, generator: torch.Generator) -> Tensor:

@@ -255,6 +255,15 @@ def test_json_line_round_trip(value, low, ratio, text, n):
     json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
+def test_details_that_are_not_finite_are_kept():
+    details = {"quantile 0.01": [0.98, -math.inf, math.inf], "classes": {"a": math.nan, "b": 1.0}, "of": "real"}
+    line = dataclasses.replace(A, details=details).to_json()
+    json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    found = Measurement.from_json(line).details
+    assert found["quantile 0.01"] == details["quantile 0.01"] and found["of"] == "real"
+    assert math.isnan(found["classes"].pop("a")) and found["classes"] == {"b": 1.0}
+
+
 @settings(deadline=None)
 @given(line=st.one_of(st.text(), st.sampled_from(["[]", "{}", "1", "null", '{"metric": "frechet"}'])))
 def test_any_other_line_is_a_clear_error(line):

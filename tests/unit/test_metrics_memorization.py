@@ -78,6 +78,17 @@ def test_too_wide_pictures_are_above_one():
     assert ratios(normal(300, 4, scale=1.5))[0.5].low > 1.2
 
 
+def test_one_held_out_copy_leaves_intervals_whole():
+    """Resamples that hold it twice have a held-out distance of 0, so the interval has no upper end."""
+    held_out = normal(200, 1)
+    held_out[0] = TRAIN[0]
+    copies = torch.cat([TRAIN[:20], normal(180, 2)])
+    for generated, low in ((normal(200, 2), 0.5), (copies, 0.0)):
+        lowest, *others = copy_ratios(Statistics.of(generated), Statistics.of(TRAIN), Statistics.of(held_out))
+        assert low <= lowest.low <= lowest.ratio and lowest.high == math.inf
+        assert all(r.low <= r.ratio <= r.high < math.inf for r in others)
+
+
 def test_seeded():
     a, b = (copy_ratios(HELD_OUT, Statistics.of(TRAIN), HELD_OUT, resamples=50, seed=s) for s in (0, 0))
     assert a == b
