@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,23 +10,14 @@ from imagekiln import data as datasets
 from imagekiln.config import read_toml
 from imagekiln.engine import pictures
 from imagekiln.engine import recipe as recipes
+from imagekiln.engine.kept import Kept, newest
 from imagekiln.engine.run import Run
 from imagekiln.errors import UsageError
 from imagekiln.metrics import Measurement, comparable
 
 
-def newest(run: Run) -> dict[str, Measurement]:
-    """The newest measurement of every label."""
-    found = {}
-    for row in run.measurements():
-        fields = {key: value for key, value in row.items() if key not in ("options", "unix_sec")}
-        measurement = Measurement.from_json(json.dumps(fields))
-        found[measurement.label] = measurement
-    return found
-
-
 def comparison(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """One row a run: name, family, images seen, speed, and the newest measurement of every label."""
+    """One row a run: name, family, images seen, speed, and the newest measurement of every label with its options."""
     rows = []
     for run in runs:
         recipe = recipes.complete(read_toml(run.recipe_path))
@@ -39,7 +29,7 @@ def comparison(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "kimg": run.status().get("nimg", 0) / 1000,
                 "img_per_sec": sorted(ticks)[len(ticks) // 2] if ticks else None,
                 "train_sec": max((row.get("train_sec", 0.0) for row in run.stats()), default=0.0),
-                "measurements": {label: json.loads(m.to_json()) for label, m in newest(run).items()},
+                "measurements": {label: one.record() for label, one in newest(run).items()},
             }
         )
     return rows
@@ -55,20 +45,24 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
     for label in dict.fromkeys(label for row in rows for label in row["measurements"]):
         lines.append(label)
         have = [row for row in rows if label in row["measurements"]]
-        measured = [_read(row["measurements"][label]) for row in have]
-        reason = next((why for other in measured[1:] if (why := comparable(measured[0], other))), None)
-        best = _best(measured) if reason is None else None
-        for row, m in zip(have, measured, strict=True):
+        found = [Kept.of(row["measurements"][label]) for row in have]
+        reason = next((why for other in found[1:] if (why := _apart(found[0], other))), None)
+        best = _best([one.measurement for one in found]) if reason is None else None
+        for row, one in zip(have, found, strict=True):
+            m, name = one.measurement, Path(row["run"]).name
             interval = f"  ({m.low:.4g} .. {m.high:.4g})" if m.low is not None and m.high is not None else ""
-            name = Path(row["run"]).name
-            lines.append(f"  {name:<{width}}{m.value:>10.4g}{interval}{'  best' if m is best else ''}")
+            drawn = f"  drawn with {one.drawn_with}" if one.options else ""
+            lines.append(f"  {name:<{width}}{m.value:>10.4g}{interval}{drawn}{'  best' if m is best else ''}")
         if reason is not None:
             lines.append(f"  not ranked: {reason}")
     return "\n".join(lines)
 
 
-def _read(row: dict[str, Any]) -> Measurement:
-    return Measurement.from_json(json.dumps(row))
+def _apart(a: Kept, b: Kept) -> str | None:
+    """Why two measurements may not be ranked against each other, or None when they may."""
+    if a.options == b.options:
+        return comparable(a.measurement, b.measurement)
+    return f"different options of drawing: {a.drawn_with or 'none'} and {b.drawn_with or 'none'}"
 
 
 def _best(measured: Sequence[Measurement]) -> Measurement | None:

@@ -73,9 +73,7 @@ def _evaluate_run(
     space = features or (recipe.eval.features if invents(model.family) else "randconv")  # trains no judge
     bench = Bench(dataset, space, seed, say, hash_of(model.weights), metrics or recipe.eval.metrics)
     rows: list[Measurement] = []
-    if model.family.draws and not invents(model.family):
-        rows += _reconstruction(model, dataset.validation, bench.provenance("pixels"))
-    elif model.family.draws:
+    if invents(model.family):
         count = n or recipe.eval.n
         say(f"Drawing {count} pictures.")
         labels = bench.labels(count)
@@ -86,11 +84,12 @@ def _evaluate_run(
             wanted = in_words(model.family, dataset.validation, labels)
             images = draw(model.family, seeds, wanted, chosen, BATCH)
         rows += bench.measure(images, labels)
-        rows += _reconstruction(model, dataset.validation, bench.provenance("pixels"))
+        given = {**options, "guide": guide and str(guide)}
+        keep(run, rows, {key: value for key, value in given.items() if value is not None})
         pictures.write(_neighbour_sheet(bench, images), run.picture_path("neighbours"))
-    given = {**options, "guide": guide and str(guide)}
-    keep(run, rows, {key: value for key, value in given.items() if value is not None})
-    return rows
+    given_back = _reconstruction(model, dataset.validation, bench.provenance("pixels")) if model.family.draws else []
+    keep(run, given_back, {})
+    return rows + given_back
 
 
 def _evaluate_folder(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,13 @@ import pytest
 import torch
 
 from imagekiln import api, data
-from imagekiln.config import DataConfig
+from imagekiln.config import DataConfig, write_toml
 from imagekiln.engine import compare, evaluate, judges, models
+from imagekiln.engine import recipe as recipes
+from imagekiln.engine.kept import keep, newest
 from imagekiln.engine.run import Run
 from imagekiln.errors import UsageError
-from imagekiln.metrics import wilson
+from imagekiln.metrics import Measurement, Provenance, wilson
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +90,30 @@ def test_a_run_keeps_its_measurements(tmp_path: Path) -> None:
     run = api.train("vae", "builtin:digits", tmp_path / "run", settings=settings)
     rows = api.evaluate(run, n=100, features="randconv")
     assert {"frechet", "coverage", "mse", "r2", "copy_ratio", "label_accuracy"} <= {row.metric for row in rows}
-    kept = compare.newest(Run.open(tmp_path / "run"))
+    kept = {label: one.measurement for label, one in newest(Run.open(tmp_path / "run")).items()}
     assert kept["FD[randconv-v1]"].value == next(row.value for row in rows if row.metric == "frechet")
     assert kept["FD[randconv-v1]"].provenance.weights_hash == evaluate.hash_of(run.weights())
     assert run.picture_path("neighbours").is_file()
     assert not any("FID" in label for label in kept), "only Inception features may be called that"
     table = compare.comparison_table(api.compare([run, run]))
     assert "FD[randconv-v1]" in table and "best" not in table, "equal runs must not be ranked"
+
+
+def test_what_was_drawn_with_options_is_ranked_among_its_like_only(tmp_path: Path) -> None:
+    drawn = Measurement("frechet", 2.0, 100, 100, Provenance("randconv-v1"), low=1.9, high=2.1)
+    recipe = write_toml(recipes.complete({"family": {"name": "vae"}}))
+    runs = [Run.create(tmp_path / name, recipe, {}) for name in ("a", "b")]
+    keep(runs[0], [drawn], {})
+    keep(runs[0], [replace(drawn, value=9.0, low=8.9, high=9.1)], {"steps": 2})
+    keep(runs[1], [replace(drawn, value=5.0, low=4.9, high=5.1)], {"steps": 2})
+    rows = api.compare(runs)
+    (first,) = rows[0]["measurements"].values()
+    assert (first["value"], first["options"]) == (2.0, {}), "trying options is not what a run is known by"
+    table = compare.comparison_table(rows)
+    assert "not ranked: different options of drawing: none and steps 2" in table and "best" not in table
+    assert "5  (4.9 .. 5.1)  drawn with steps 2" in table
+    keep(runs[1], [replace(drawn, value=4.0, low=3.9, high=4.1)], {})
+    assert "2  (1.9 .. 2.1)  best" in compare.comparison_table(api.compare(runs))
 
 
 def test_what_only_gives_pictures_back_is_measured_without_a_judge(
