@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from imagekiln.config import Recipe, merge, parse, write_toml
-from imagekiln.core import Batch, Condition, Family, HeldOut, Loss, Progress, mix, seeded_noise
+from imagekiln.core import Batch, Condition, Family, HeldOut, Loss, Phase, Progress, mix, seeded_noise
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine import registry
 from imagekiln.engine.generate import draw
@@ -152,10 +152,7 @@ def check_every_parameter_learns(name: str) -> None:
     for family in _built(name):
         reached: set[str] = set()
         for phase in family.phases:
-            trained = tuple(f"{part}." for part in phase.trains)
-            for key, parameter in family.named_parameters():
-                parameter.requires_grad_(key.startswith(trained))
-                parameter.grad = None
+            trained = _unfreeze(family, phase)
             _loss(family, phase.name, _batch(family)).total.backward()
             graded = {key for key, p in family.named_parameters() if p.grad is not None}
             _require(all(key.startswith(trained) for key in graded), f"{phase.name} reaches outside what it trains")
@@ -163,6 +160,20 @@ def check_every_parameter_learns(name: str) -> None:
         parts = tuple(f"{part}." for phase in family.phases for part in phase.trains)
         missed = sorted(k for k, _ in family.named_parameters() if k.startswith(parts) and k not in reached)
         _require(not missed, f"no phase gives a gradient to {missed[:3]}")
+
+
+def check_mixed_precision(name: str) -> None:
+    """Every phase's loss and gradients are finite under autocast to bfloat16."""
+    family = next(_built(name))
+    for phase in family.phases:
+        _unfreeze(family, phase)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            total = _loss(family, phase.name, _batch(family)).total
+        _require(bool(torch.isfinite(total)), f"{phase.name}: the total is {total} in bfloat16")
+        total.backward()
+        graded = {key: p.grad for key, p in family.named_parameters() if p.grad is not None}
+        broken = [key for key, grad in graded.items() if not grad.isfinite().all()]
+        _require(not broken, f"{phase.name}: in bfloat16 the gradient of {broken[:3]} is not finite")
 
 
 def check_samples(name: str) -> None:
@@ -323,6 +334,15 @@ def _batch(family: Family, unlabelled: bool = False) -> Batch:
     if not family.num_classes:
         return Batch(images)
     return Batch(images, torch.tensor([0, 1, 2, 0, -1, 1] if not unlabelled else [-1] * 6))
+
+
+def _unfreeze(family: Family, phase: Phase) -> tuple[str, ...]:
+    """Make what a phase trains learn, without gradients from before, and nothing else; the prefixes of its names."""
+    trained = tuple(f"{part}." for part in phase.trains)
+    for key, parameter in family.named_parameters():
+        parameter.requires_grad_(key.startswith(trained))
+        parameter.grad = None
+    return trained
 
 
 def _loss(family: Family, phase: str, batch: Batch) -> Loss:

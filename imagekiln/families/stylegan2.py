@@ -72,7 +72,7 @@ class StyleGan2(Family):
     }
     # torch.compile cannot differentiate twice
     train_defaults = {"schedule": "constant", "warmup_fraction": 0.0, "clip_norm": 0.0, "compile": "off"}
-    check_settings = {"width": 8, "widest": 32, "z_dim": 32}
+    check_settings = {"width": 8, "widest": 32, "z_dim": 32, "path_weight": 2.0, "mixing": 0.9}
     averaged = ("generator",)
     gamma: Tensor
     mean_length: Tensor

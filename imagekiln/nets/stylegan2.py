@@ -326,6 +326,7 @@ def path_lengths(synthesize: Callable[[Tensor], Tensor], styles_BLZ: Tensor) -> 
     (torch.Size([1]), True)
     """
     with torch.enable_grad(), torch.autocast(styles_BLZ.device.type, enabled=False):
+        styles_BLZ = styles_BLZ.to(torch.promote_types(styles_BLZ.dtype, torch.float32))
         if not styles_BLZ.requires_grad:
             styles_BLZ = styles_BLZ.detach().requires_grad_(True)
         images_BCHW = synthesize(styles_BLZ)
