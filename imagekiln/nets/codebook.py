@@ -134,7 +134,8 @@ class Codebook(nn.Module):
 
 
 def _nearest(z_ND: Tensor, codes_KD: Tensor) -> Tensor:
-    return (codes_KD.square().sum(1) - 2 * z_ND @ codes_KD.T).argmin(1)
+    with torch.autocast(z_ND.device.type, enabled=False):  # rounded distances have other minima
+        return (codes_KD.square().sum(1) - 2 * z_ND @ codes_KD.T).argmin(1)
 
 
 def _k_means(pool_PD: Tensor, num_codes: int) -> Tensor:

@@ -68,6 +68,14 @@ def test_a_vector_becomes_the_nearest_code():
     assert torch.equal(quantised.codes.movedim(1, -1).flatten(0, 2), codebook.codes[expected])
 
 
+def test_the_nearest_code_is_searched_in_full_precision():
+    torch.manual_seed(0)
+    codebook, z = Codebook(64, 4).eval(), 2 + torch.randn(200, 4)  # a mean makes differences small beside the values
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        index = codebook.nearest(z)
+    assert torch.equal(index, torch.cdist(z.double(), codebook.codes.double()).argmin(1))
+
+
 def test_gradients_pass_straight_through_and_beta_pulls_the_encoder_alone():
     torch.manual_seed(0)
     codebook = Codebook(5, 3).eval().requires_grad_(True)
