@@ -64,7 +64,7 @@ class Codebook(nn.Module):
         self.register_buffer("total", self.codes.detach().clone())
         self.register_buffer("started", torch.tensor(False))
         self._seen: tuple[Tensor, Tensor] | None = None
-        self._pool: Tensor | None = None
+        self._pool: tuple[Tensor, Tensor] | None = None
 
     def forward(self, z_BDHW: Tensor) -> Quantised:
         """The nearest codes. In training mode also notes what was seen, drawing from torch's global generator."""
@@ -97,7 +97,7 @@ class Codebook(nn.Module):
         """Move the codes by what was seen since the last update: the first time k-means, then the moving averages."""
         if self._seen is None or self._pool is None:
             return
-        (usage_K, total_KD), pool_PD = self._seen, self._pool
+        (usage_K, total_KD), (_, pool_PD) = self._seen, self._pool
         self._seen = self._pool = None
         if not self.started:
             self.codes.copy_(_k_means(pool_PD, len(self.codes)))
@@ -129,8 +129,14 @@ class Codebook(nn.Module):
         if self._seen is not None:
             usage_K, total_KD = usage_K + self._seen[0], total_KD + self._seen[1]
         self._seen = usage_K, total_KD
-        order = torch.randperm(len(z_ND), device=z_ND.device)
-        self._pool = z_ND[order[: POOL * len(self.codes)]]
+        size = POOL * len(self.codes)
+        order = torch.randperm(len(z_ND), device=z_ND.device)[:size]
+        share_P, pool_PD = torch.arange(len(order), device=z_ND.device) / len(z_ND), z_ND[order]
+        if self._pool is not None:
+            # Shuffled parts are dealt into one another, so that the front of the pool holds a fair share of each.
+            share_P, order = torch.cat([self._pool[0], share_P]).sort(stable=True)
+            pool_PD = torch.cat([self._pool[1], pool_PD])[order]
+        self._pool = share_P[:size], pool_PD[:size]
 
 
 def _nearest(z_ND: Tensor, codes_KD: Tensor) -> Tensor:

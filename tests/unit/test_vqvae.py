@@ -134,6 +134,16 @@ def test_the_first_update_is_k_means():
     assert float(codebook.usage.sum()) == pytest.approx(12, rel=1e-5)
 
 
+@pytest.mark.parametrize("start", [True, False], ids=["start", "restart"])
+def test_a_batch_computed_in_parts_fills_the_pool_from_all_of_them(start):
+    torch.manual_seed(0)
+    codebook = Codebook(4, 1) if start else book([[99.0]] * 4, decay=0.0)
+    for size, centre in ((10, -20.0), (10, 20.0), (20, 0.0)):
+        codebook(centre + 0.1 * torch.randn(size, 1, 1, 1))
+    codebook.update()
+    assert sorted(round(float(code) / 20) for code in codebook.codes) == [-1, 0, 0, 1]
+
+
 def test_a_dead_code_starts_anew_at_a_vector_and_only_if_told():
     torch.manual_seed(0)
     z = torch.randn(1, 2, 4, 4)
