@@ -262,12 +262,7 @@ def _loaded(family: Any, path: Path, out: Path) -> Any:
                 pipeline.load_textual_inversion(row, token=tuned.token, text_encoder=encoder, tokenizer=tokenizer)
     if family.base.noise.betas is not None:
         library = _folder.library(out)
-        about = {
-            "timestep_spacing": "trailing",
-            "set_alpha_to_one": True,
-            "clip_sample": False,
-            "rescale_betas_zero_snr": False,
-        }
+        about = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
         pipeline.scheduler = library.DDIMScheduler.from_config(pipeline.scheduler.config, **about)
     return pipeline
 

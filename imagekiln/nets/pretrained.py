@@ -330,7 +330,16 @@ def noise_of(config: Mapping[str, Any], kind: str) -> Noise:
         raise RecipeError(f"family.base: its scheduler has beta_schedule = {schedule!r}; linear ones are known here.")
     if asked not in targets:
         raise RecipeError(f"family.base: its scheduler has prediction_type = {asked!r}; expected {', '.join(targets)}.")
-    return Noise(betas, targets[asked])
+    return Noise(_ending_in_noise(betas) if config.get("rescale_betas_zero_snr") else betas, targets[asked])
+
+
+def _ending_in_noise(betas: Tensor) -> Tensor:
+    """Betas after whose last step no signal is left, sqrt(abar) shifted and stretched for it: algorithm 1 of Lin et al.
+    2024 (arXiv:2305.08891)."""
+    signal = (1 - betas).cumprod(0).sqrt()
+    first, last = signal[0], signal[-1]
+    kept = ((signal - last) * first / (first - last)).square()
+    return 1 - kept / torch.cat([kept.new_ones(1), kept[:-1]])
 
 
 # -- random weights ---------------------------------------------------------------------------------------------------

@@ -95,6 +95,15 @@ def test_steps_have_the_noise_of_their_betas():
     assert torch.allclose(ours, scheduler.add_noise(x, eps, torch.tensor([7, 42])), atol=1e-5)
 
 
+def test_steps_that_end_in_noise_alone_have_the_noise_of_the_scheduler():
+    config = pretrained.RANDOM_BETAS | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    betas = pretrained.noise_of(config, "sd1").betas
+    scheduler = diffusers.DDPMScheduler.from_config(config)
+    assert torch.allclose(betas.float(), scheduler.betas, atol=1e-5) and betas[-1] == 1
+    kept, theirs = (1 - betas).cumprod(0), scheduler.alphas_cumprod.double()
+    assert torch.allclose(kept.sqrt(), theirs.sqrt(), atol=1e-5)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("lengths", [True, False])
 def test_changes_are_those_of_the_changed_weights(bias: bool, lengths: bool):
@@ -190,6 +199,16 @@ def test_exports_draw_in_stock_pipelines_what_we_draw(bases, photos, tmp_path, k
         assert imagekiln.export(run, "comfyui", tmp_path / "comfy")["difference"] <= 1e-4
     card = (tmp_path / "out" / "README.md").read_text()
     assert str(tmp_path) not in card and str(bases[kind]) not in card
+
+
+def test_a_base_whose_steps_end_in_noise_alone_draws_as_its_pipeline(bases, photos, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(bases["sd1"], base)
+    path = base / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text()) | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    path.write_text(json.dumps(config))
+    run = trained({"sd1": base}, photos, tmp_path / "run", "sd1", "word")
+    assert imagekiln.export(run, "diffusers", tmp_path / "out")["difference"] <= 1e-4
 
 
 @pytest.mark.parametrize("method", METHODS)
