@@ -158,6 +158,22 @@ def flow_sigmas(steps: int, shift: float = 1.0) -> Tensor:
     return torch.cat([shift * t / (1 - t), t.new_zeros(1)])
 
 
+def even_sigmas(steps: int, sigma_max: float = 160.0) -> Tensor:
+    """A grid even in the time of a rectified flow: (steps + 1,) float64, falling from sigma_max to 0.
+
+    t = sigma / (1 + sigma) falls in equal steps. Euler's steps on it are straight lines of equal length in the time in
+    which a flow is straightest (Liu et al. 2022, arXiv:2209.03003), which suits few steps. Raises `UsageError`.
+
+    >>> [round(sigma, 3) for sigma in even_sigmas(4).tolist()]
+    [160.0, 2.927, 0.988, 0.331, 0.0]
+    """
+    _check_steps(steps)
+    if not 0 < sigma_max < math.inf:
+        raise UsageError(f"The highest noise level of a grid must be positive; got {sigma_max}.")
+    t = torch.linspace(sigma_max / (1 + sigma_max), 0, steps + 1, dtype=torch.float64)
+    return t / (1 - t)
+
+
 def _check_steps(steps: int) -> None:
     if steps < 1:
         raise UsageError(f"Sampling takes at least 1 step; got {steps}.")

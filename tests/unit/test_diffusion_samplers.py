@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from imagekiln.diffusion.paths import PATHS, expand, path
-from imagekiln.diffusion.samplers import SAMPLERS, flow_sigmas, sampler, sigmas
+from imagekiln.diffusion.samplers import SAMPLERS, even_sigmas, flow_sigmas, sampler, sigmas
 from imagekiln.errors import UsageError
 
 MEAN, STD = 0.3, 0.5
@@ -184,3 +184,27 @@ def test_impossible_flow_grids_are_refused():
 def test_an_unknown_sampler_is_named_with_the_nearest_known_one():
     with pytest.raises(UsageError, match="Did you mean 'dpmpp_2m'"):
         sampler("dpmpp2m")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_an_even_grid_steps_equally_through_the_time_of_a_flow(steps):
+    grid = even_sigmas(steps, 3.0)
+    times = grid / (1 + grid)
+    assert grid[0] == pytest.approx(3.0) and grid[-1] == 0 and len(grid) == steps + 1
+    assert (times[:-1] - times[1:]).tolist() == pytest.approx([0.75 / steps] * steps)
+
+
+def test_an_even_grid_on_a_straight_flow_needs_one_step():
+    """Where the data is one point the flow is straight: Euler lands on it at once, from any level."""
+    point = torch.full((4, 1, 2, 2), 0.3, dtype=torch.float64)
+    for steps in (1, 3):
+        x = SAMPLERS["euler"](
+            lambda z, sigma_B: point.expand(len(z), -1, -1, -1), noise(4), even_sigmas(steps), path("rf")
+        )
+        torch.testing.assert_close(x, point)
+
+
+@pytest.mark.parametrize(("steps", "sigma_max"), [(0, 1.0), (2, 0.0), (2, math.inf)])
+def test_an_even_grid_is_refused_in_words(steps, sigma_max):
+    with pytest.raises(UsageError, match="at least 1 step|must be positive"):
+        even_sigmas(steps, sigma_max)
