@@ -206,5 +206,5 @@ def test_an_even_grid_on_a_straight_flow_needs_one_step():
 
 @pytest.mark.parametrize(("steps", "sigma_max"), [(0, 1.0), (2, 0.0), (2, math.inf)])
 def test_an_even_grid_is_refused_in_words(steps, sigma_max):
-    with pytest.raises(UsageError, match="at least 1 step|must be positive"):
+    with pytest.raises(UsageError, match=r"at least 1 step|must be positive"):
         even_sigmas(steps, sigma_max)
