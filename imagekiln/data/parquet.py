@@ -25,7 +25,7 @@ from imagekiln.data.decode import Unusable
 from imagekiln.data.files import Entry, Files, JoinedFiles, escapes, is_ignored, normal, printable, short_names
 from imagekiln.data.found import Found, Picture, as_label, as_text, listed
 from imagekiln.data.metadata import MAX_CAPTION, cleaned, mention_cut_captions
-from imagekiln.data.webdataset import split_of
+from imagekiln.data.webdataset import splits_of
 from imagekiln.errors import DataError, ImagekilnError, UsageError
 
 _PICTURE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp")
@@ -200,10 +200,12 @@ def find_rows(where: Path, paths: Sequence[Path]) -> Found:
     found = Found(JoinedFiles(where, {}), [])
     cut: list[str] = []
     classes = set()
-    for short, path in zip(short_names([str(path) for path in paths]), paths, strict=True):
+    named = dict(zip(short_names([str(path) for path in paths]), paths, strict=True))
+    splits = splits_of(named)
+    for short, path in named.items():
         part = ParquetFiles(path, shelf)
         parts[short] = part
-        prefix, split = ("", split_of(short)) if len(paths) == 1 else (f"{short}/", split_of(short))
+        prefix, split = "" if len(paths) == 1 else f"{short}/", splits[short]
         said = zip(part.rows, part.labels, part.texts, strict=True)
         found.pictures += [Picture(prefix + name, label, text, split) for name, label, text in said]
         cut += part.cut

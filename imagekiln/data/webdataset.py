@@ -12,7 +12,7 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -183,19 +183,19 @@ def find_samples(where: Path, shards: dict[str, Files], encoding: str = "utf-8")
     classes: dict[str, tuple[str, ...]] = {}
     cut: list[str] = []
     num_bare = 0
+    splits = splits_of({short: shard.where for short, shard in shards.items()})
     for short, shard in shards.items():
         prefix = "" if alone else f"{short}/"
         for member in _CLASS_LISTS:
             if member in shard.entries:
                 classes[prefix + member] = _class_list(shard, member, encoding)
-        split = split_of(short)
         for _, members in sorted(_samples(shard).items()):
             picture = _picture(found, prefix, members)
             if picture is None:
                 num_bare += any(ending in ("cls", "json", "txt") for ending in members)
             else:
                 label, text = _said(shard, members, encoding, cut)
-                found.pictures.append(Picture(prefix + picture, label, text, split))
+                found.pictures.append(Picture(prefix + picture, label, text, splits[short]))
         found.left_out += [(prefix + name, why) for name, why in shard.left_out if name.lower().endswith(EXTENSIONS)]
     if not found.pictures and not found.left_out:
         raise DataError(f"No pictures in {printable(str(where))}. Expected files ending in {', '.join(EXTENSIONS)}.")
@@ -214,6 +214,16 @@ def split_of(short: str) -> str | None:
     """
     match = _SPLIT.fullmatch(short)
     return {"val": "validation"}.get(match[1].lower(), match[1].lower()) if match else None
+
+
+def splits_of(files: Mapping[str, Path]) -> dict[str, str | None]:
+    """The split of each file of a set, by short name: that of its own name, else of its folder where there are several.
+
+    >>> splits_of({"train-0": Path("set/train/0.tar"), "1": Path("set/train/1.tar"), "test-0": Path("set/test/0.tar")})
+    {'train-0': 'train', '1': 'train', 'test-0': 'test'}
+    """
+    alone = len({path.parent for path in files.values()}) == 1  # what the one folder is called says nothing
+    return {short: split_of(short) or (None if alone else split_of(path.parent.name)) for short, path in files.items()}
 
 
 def _samples(shard: Files) -> dict[str, dict[str, str]]:

@@ -479,6 +479,14 @@ def test_splits_in_the_names_of_shards(tmp_path: Path) -> None:
     written(tmp_path / "set-train-000.tar", shard(0))
     written(tmp_path / "set-val-000.tar", shard(0))
     assert [picture.split for picture in find(tmp_path).pictures] == ["train"] * 2 + ["validation"] * 2
+    for place, name in enumerate(["train/0.tar", "train/1.tar", "test/0.tar"]):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        written(tmp_path / "in" / name, shard(place, 1))
+    assert {p.name: p.split for p in find(tmp_path / "in").pictures} == {
+        "train-0/0000.jpg": "train",
+        "1/0001.jpg": "train",
+        "test-0/0002.jpg": "test",
+    }
 
 
 def test_shards_that_do_not_agree_or_hold_nothing(tmp_path: Path) -> None:

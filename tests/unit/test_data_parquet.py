@@ -173,6 +173,17 @@ def test_a_folder_and_a_pattern_of_files_with_splits(tmp_path: Path) -> None:
     assert len(find(tmp_path / "data" / "train-*.parquet").pictures) == 4
 
 
+def test_a_folder_names_the_split_of_files_that_do_not(tmp_path: Path) -> None:
+    for file in ("train/0000", "train/0001", "test/0000"):
+        written(tmp_path / "default" / f"{file}.parquet", {"image": pictures(1)})
+    assert [(p.name, p.split) for p in find(tmp_path).pictures] == [
+        ("test-0000/0.png", "test"),
+        ("train-0000/0.png", "train"),
+        ("0001/0.png", "train"),
+    ]
+    assert [p.split for p in find(tmp_path / "default" / "test").pictures] == [None]
+
+
 def test_files_that_name_other_classes_say_so(tmp_path: Path) -> None:
     written(tmp_path / "a.parquet", {"image": [b"1"], "label": [0]}, FEATURES)
     written(tmp_path / "b.parquet", {"image": [b"1"], "label": [0]})
