@@ -88,10 +88,12 @@ class Seen(NamedTuple):
     unread: Sequence[tuple[str, str]]
 
 
-def write(folder: Path, seen: Seen, config: PrepareConfig, edits: Edits, sides_before: Mapping[str, str]) -> None:
+def write(
+    folder: Path, seen: Seen, config: PrepareConfig, edits: Edits, sides_before: Mapping[str, str] | None
+) -> None:
     """Write every file of a prepared set but its pixels and its survey.
 
-    sides_before: the side a file had in an earlier set.
+    sides_before: the side a file had in an earlier set, which it keeps; None where other shares were held out there.
 
     Raises `DataError` when nothing would be kept.
     """
@@ -114,8 +116,13 @@ def write(folder: Path, seen: Seen, config: PrepareConfig, edits: Edits, sides_b
     notices = list(seen.notices)
     if lost:
         notices.append(f"No usable pictures are left of: {', '.join(map(printable, lost))}.")
+    if sides_before is None:
+        notices.append(
+            "Other shares are asked for than before, so sides were chosen anew: what is held out now may have been "
+            "trained on."
+        )
     groups = checks.groups(survey, found, frames.neighbours(survey.names) if config.frames == "all" else ())
-    rows = _rows(survey, kept, labels, names, groups, config, sides_before)
+    rows = _rows(survey, kept, labels, names, groups, config, sides_before or {})
     for row in rows:
         if row["file_name"] in proposed:
             row["label_from"] = "proposed"

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from imagekiln import signals
+from imagekiln.config import DataConfig
 from imagekiln.core import UNLABELLED
 from imagekiln.data.buckets import Buckets
 from imagekiln.data.files import printable
@@ -34,6 +35,7 @@ from imagekiln.errors import DataError
 VERSION = 2
 FILES = ("images.npy", "metadata.jsonl", "prepare.json")
 BUCKETS = "buckets.npy"
+_HELD_OUT = DataConfig().validation_fraction
 _FORMULA = ("=", "+", "-", "@")
 _GUARDED = tuple(f"'{sign}" for sign in _FORMULA)
 
@@ -84,6 +86,12 @@ def open_packed(folder: Path, wanted: Wanted) -> Dataset:
     name = str(about.get("name", folder.name))
     if not all("split" in row for row in rows):
         return dataset(name, table, split(table.digests, wanted.validation_fraction), notices, left_out)
+    held_out = about.get("settings", {}).get("validation_fraction", _HELD_OUT)
+    if wanted.validation_fraction not in (held_out, _HELD_OUT):
+        notices.append(
+            f"The set says itself what is held out, so data.validation_fraction={wanted.validation_fraction:g} does "
+            "not count."
+        )
     sides = np.array([row["split"] for row in rows])
     return dataset(name, table, sides == "validation", notices, left_out, test=sides == "test")
 

@@ -206,7 +206,7 @@ def _fill(
     survey.save(folder / _SURVEY)
     facts = {"sources": list(sources), "shaping": shaping, "name": _name(sources)}
     seen = decisions.Seen(survey, images_NCHW.shape, facts, notices, found.left_out)
-    decisions.write(folder, seen, config, edits, _sides(earlier))
+    decisions.write(folder, seen, config, edits, _sides(earlier, config))
     if earlier:
         _keep_proposals(earlier.folder, folder)
 
@@ -344,8 +344,13 @@ def _check_names(edits: Edits, names: Sequence[str]) -> None:
             raise UsageError(f"The set has no file {printable(name)!r}. {did_you_mean(name, names)}".rstrip())
 
 
-def _sides(earlier: Prepared | None) -> dict[str, str]:
-    return {row["file_name"]: row["split"] for row in earlier.rows} if earlier else {}
+def _sides(earlier: Prepared | None, config: PrepareConfig) -> dict[str, str] | None:
+    """The side of every file of an earlier set; None where its shares were others."""
+    if earlier is None:
+        return {}
+    before, now = _settings(earlier), _plain(config)
+    same = all(before[name] == now[name] for name in ("validation_fraction", "test_fraction"))
+    return {row["file_name"]: row["split"] for row in earlier.rows} if same else None
 
 
 def _known(earlier: Prepared | None, found: Found, config: PrepareConfig) -> dict[str, int]:
@@ -389,7 +394,7 @@ def _rewrite(earlier: Prepared, out: Path, config: PrepareConfig, edits: Edits) 
         for file in (out / _SURVEY).iterdir():
             _take_over(file, folder / _SURVEY / file.name)
         _keep_proposals(out, folder)
-        decisions.write(folder, seen, config, edits, _sides(earlier))
+        decisions.write(folder, seen, config, edits, _sides(earlier, config))
 
     packed.write_aside(out, write, replace=True)
 

@@ -128,6 +128,29 @@ def test_a_picture_keeps_its_side_when_others_come(photos: Path, tmp_path: Path)
     assert load(DataConfig(path=str(tmp_path / "set"))).test is not None
 
 
+def test_other_fractions_choose_sides_anew_and_say_so(photos: Path, tmp_path: Path) -> None:
+    out, wanted = tmp_path / "set", CONFIG.model_copy(update={"validation_fraction": 0.5, "test_fraction": 0.2})
+    sides = {row["file_name"]: row["split"] for row in prepare([str(photos)], tmp_path / "new", wanted).rows}
+    prepare([str(photos)], out, CONFIG)
+    for sources in ([], [str(photos)]):
+        changed = prepare(sources, out, wanted)
+        assert {row["file_name"]: row["split"] for row in changed.rows} == sides
+        assert "sides were chosen anew" in changed.about["notices"][-1]
+        prepare(sources, out, CONFIG)
+    edited = prepare([], out, CONFIG, edits=Edits(drop=("dog/00.png",)))
+    assert not any("anew" in notice for notice in edited.about["notices"])
+
+
+@pytest.mark.parametrize(("asked", "said"), [(0.1, False), (0.3, False), (0.2, True), (0, True)])
+def test_a_fraction_that_a_prepared_set_does_not_follow_is_told(
+    photos: Path, tmp_path: Path, asked: float, said: bool
+) -> None:
+    prepare([str(photos)], tmp_path / "set", CONFIG.model_copy(update={"validation_fraction": 0.3}))
+    dataset = load(DataConfig(path=str(tmp_path / "set"), validation_fraction=asked))
+    notice = f"The set says itself what is held out, so data.validation_fraction={asked:g} does not count."
+    assert (notice in dataset.notices) == said
+
+
 def test_decisions_are_taken_back_without_the_pictures(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
     first = prepare([str(photos)], out, CONFIG)
