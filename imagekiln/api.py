@@ -326,7 +326,8 @@ def evaluate(
     them in its folder.
 
     Raises:
-        UsageError: a folder was given without `data`, or there are no such features or metrics.
+        UsageError: a folder was given without `data`, there are no such features or metrics, or options of drawing
+            were given where nothing is drawn: for a folder, an autoencoder or a judge.
         DataError: too few pictures.
     """
     asked = {"n": n, "features": features, "metrics": metrics, "seed": seed, "guide": guide}

@@ -138,7 +138,7 @@ class Bench:
         rest = (counts - exact).argsort(stable=True)[: count - int(counts.sum())]
         counts[rest] += 1
         labels = names.repeat_interleave(counts)
-        return labels[torch.tensor(_rows(count, count, mix(self.seed, "labels")), dtype=torch.int64)].tolist()
+        return labels[torch.tensor(random_rows(count, count, mix(self.seed, "labels")), dtype=torch.int64)].tolist()
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 
@@ -381,14 +381,14 @@ class Bench:
         They are held-out pictures where there are twice as many as are compared, else training pictures.
         """
         held_out, train = self.dataset.validation, self.dataset.train
-        order = _rows(len(held_out), len(held_out), mix(self.seed, "reference"))
+        order = random_rows(len(held_out), len(held_out), mix(self.seed, "reference"))
         if len(held_out) >= 2 * count:
             return order[:count], held_out, order[count : 2 * count], "held-out pictures"
-        return order[:count], train, _rows(len(train), count, mix(self.seed, "floor")), "training pictures"
+        return order[:count], train, random_rows(len(train), count, mix(self.seed, "floor")), "training pictures"
 
     def _bank_rows(self) -> list[int]:
         count = min(len(self.dataset.train), LARGEST_BANK)
-        return _rows(len(self.dataset.train), count, mix(self.seed, "bank"))
+        return random_rows(len(self.dataset.train), count, mix(self.seed, "bank"))
 
     def _of(self, images: Tensor, space: Space) -> Statistics:
         key = f"{space.name}:{extractors.images_key(images)}"
@@ -419,6 +419,6 @@ def _with_curve(row: Measurement, generated: Statistics, reference: Statistics, 
     return dataclasses.replace(row, details={**row.details, **plain})
 
 
-def _rows(total: int, count: int, seed: int) -> list[int]:
+def random_rows(total: int, count: int, seed: int) -> list[int]:
     """`count` of `total` indices in random order, a function of the seed alone."""
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from imagekiln.config import DataConfig, read_toml
 from imagekiln.core import Source, mix
 from imagekiln.engine import pictures
 from imagekiln.engine import recipe as recipes
-from imagekiln.engine.bench import BATCH, Bench
+from imagekiln.engine.bench import BATCH, Bench, random_rows
 from imagekiln.engine.generate import draw, invents, options_for, reconstructed
 from imagekiln.engine.inputs import in_words
 from imagekiln.engine.kept import keep
@@ -41,10 +42,13 @@ def evaluate(
     """See `imagekiln.api.evaluate`."""
     say = say or (lambda sentence: None)
     run = subject if isinstance(subject, Run) else Run(Path(subject))
+    drawing = {**(options or {}), "guide": guide and str(guide)}
+    drawing = {key: value for key, value in drawing.items() if value is not None}
     if run.exists():
-        return _evaluate_run(run, data, n, features, metrics, seed, guide, say, options or {})
+        return _evaluate_run(run, data, n, features, metrics, seed, say, drawing)
     if data is None:
         raise UsageError(f"{subject} is no run folder. To measure a folder of pictures, name real ones with --data.")
+    _leave_out(drawing, f"the pictures in {subject} are drawn already")
     return _evaluate_folder(run.path, data, n, features, metrics, seed or 0, say)
 
 
@@ -55,12 +59,14 @@ def _evaluate_run(
     features: str | None,
     metrics: str | None,
     seed: int | None,
-    guide: str | Path | None,
     say: Say,
-    options: dict[str, Any],
+    drawing: dict[str, Any],
 ) -> list[Measurement]:
     recipe = recipes.complete(read_toml(run.recipe_path))
     model = open_model(run)
+    if not invents(model.family):
+        given = drawing | ({} if n is None else {"n": n})
+        _leave_out(given, f"{run.path} is measured without drawing anything")
     config = recipe.data if data is None else recipe.data.model_copy(update={"path": str(data)})
     dataset = datasets.load(config)
     if dataset.train.image_shape != model.family.picture_shape:
@@ -78,14 +84,14 @@ def _evaluate_run(
         say(f"Drawing {count} pictures.")
         labels = bench.labels(count)
         seeds = [mix(seed, "evaluate", index) for index in range(count)]
+        options = {key: value for key, value in drawing.items() if key != "guide"}
         chosen = options_for(model.family, options)
-        guide_by(model, guide, chosen)
+        guide_by(model, drawing.get("guide"), chosen)
         with model.precision():
             wanted = in_words(model.family, dataset.validation, labels)
             images = draw(model.family, seeds, wanted, chosen, BATCH)
         rows += bench.measure(images, labels)
-        given = {**options, "guide": guide and str(guide)}
-        keep(run, rows, {key: value for key, value in given.items() if value is not None})
+        keep(run, rows, drawing)
         pictures.write(_neighbour_sheet(bench, images), run.picture_path("neighbours"))
     given_back = _reconstruction(model, dataset.validation, bench.provenance("pixels")) if model.family.draws else []
     keep(run, given_back, {})
@@ -99,8 +105,14 @@ def _evaluate_folder(
     channels, size, _ = dataset.train.image_shape
     drawn = datasets.load(DataConfig(path=str(folder), size=size, channels=channels, validation_fraction=0)).train
     bench = Bench(dataset, features or "auto", seed, say, drawn.fingerprint, metrics or "default")
-    count = min(n or len(drawn), len(drawn))
-    return bench.measure(drawn.read(range(count)).images, None)
+    rows = random_rows(len(drawn), n or len(drawn), mix(seed, "folder"))  # the first ones may be of one class
+    return bench.measure(drawn.read(sorted(rows)).images, None)
+
+
+def _leave_out(given: Mapping[str, Any], reason: str) -> None:
+    """Raises `UsageError` for what was given and cannot be heeded."""
+    for name in given:
+        raise UsageError(f"{'-n' if name == 'n' else f'--{name}'}: {reason}. Leave it out.")
 
 
 def _reconstruction(model: Model, source: Source, provenance: Provenance) -> list[Measurement]:

@@ -130,6 +130,10 @@ def test_what_only_gives_pictures_back_is_measured_without_a_judge(
     assert {"psnr", "mse"} <= found and not {"label_accuracy", "frechet"} & found
     assert not list((tmp_path / "cache").glob("**/judge*")), "digits have labels, and nothing here needs them"
     assert not sentences
+    assert not any(row["options"] for row in run.measurements())
+    for option in ({"steps": 3}, {"guide": run.path}, {"n": 20}):
+        with pytest.raises(UsageError, match=f"--?{next(iter(option))}: .* without drawing anything"):
+            api.evaluate(run, **option)
 
 
 def test_a_folder_of_pictures_is_measured(tmp_path: Path) -> None:
@@ -143,6 +147,24 @@ def test_a_folder_of_pictures_is_measured(tmp_path: Path) -> None:
     assert json.loads(found["frechet"].to_json())["features"] == "randconv-v1"
     with pytest.raises(UsageError, match="--data"):
         api.evaluate(tmp_path)
+    for option in ({"steps": 3}, {"guide": tmp_path}):
+        with pytest.raises(UsageError, match=f"--{next(iter(option))}: the pictures in .* are drawn already"):
+            api.evaluate(tmp_path, "builtin:digits", **option)
+
+
+def test_a_part_of_a_folder_is_of_all_its_classes(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for index in range(80):
+        (tmp_path / f"{index // 40}").mkdir(exist_ok=True)
+        pixels = np.random.default_rng(index).integers(0, 256, (8, 8)) * (index >= 40)
+        Image.fromarray(np.uint8(pixels)).save(tmp_path / f"{index // 40}" / f"{index}.png")
+    asked = {"features": "pixels", "metrics": "vendi"}
+    half, again, whole = (
+        by_name(api.evaluate(tmp_path, "builtin:digits", n=n, **asked))["vendi"] for n in (40, 40, None)
+    )
+    assert half.n == 40 and half.value == again.value
+    assert half.value > 0.5 * whole.value, "the first 40 are black"
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (5, 10), (10, 10), (95, 100)])
