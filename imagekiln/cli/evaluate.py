@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from imagekiln.cli.output import DebugOption, JsonOption, answer, say
+from imagekiln.cli.output import DebugOption, JsonOption, answer, say, with_options
 from imagekiln.errors import UsageError
 
 
@@ -42,14 +42,10 @@ def evaluate(
     debug: DebugOption = False,
 ) -> None:
     """Measure quality, diversity and copying, with intervals and the real-versus-real floor."""
-    from imagekiln.config import override
+    from imagekiln import api
 
-    drawing: dict[str, Any] = {
-        "steps": steps,
-        "guidance": guidance,
-        "sampler": sampler,
-        **override({}, options or []),
-    }
+    drawing = {"steps": steps, "guidance": guidance, "sampler": sampler}
+    drawing = with_options(drawing, options or [], api.evaluate)
     if stability:
         given = [name for name, value in {**drawing, "guide": guide}.items() if value is not None]
         if given:

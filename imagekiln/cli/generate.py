@@ -16,6 +16,7 @@ from imagekiln.cli.output import (
     RunArgument,
     answer,
     progress,
+    with_options,
 )
 
 if TYPE_CHECKING:  # the help does not wait for torch
@@ -83,7 +84,6 @@ def generate(
 ) -> None:
     """Draw pictures: OUT/000000.png ... and OUT/grid.png; walk.png, strip.png and mix.png where they are asked for."""
     from imagekiln import api
-    from imagekiln.config import override
 
     given = {"steps": steps, "guidance": guidance, "sampler": sampler, "strength": strength, "truncation": truncation}
     drawn = api.generate(
@@ -108,7 +108,7 @@ def generate(
         mix=mix,
         crossover=crossover,
         progress=progress("Drawing"),
-        **override(given, options or []),
+        **with_options(given, options or [], api.generate),
     )
     _say(drawn, as_json)
 

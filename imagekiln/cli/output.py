@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from imagekiln.errors import UsageError
 
 UNKNOWN_ERROR_EXIT = 1
 
@@ -33,6 +36,21 @@ def say(sentence: str) -> None:
 def answer(text: str, facts: Any, as_json: bool) -> None:
     """The verb's result."""
     print(json.dumps(facts, default=str) if as_json else text, flush=True)
+
+
+def with_options(given: dict[str, Any], assignments: Sequence[str], function: Callable[..., Any]) -> dict[str, Any]:
+    """`--option name=value` laid over the options of drawing that have flags of their own.
+
+    function: what takes them, as keywords beside its own parameters. Raises `UsageError` for the name of one of these.
+    """
+    from imagekiln.config import override
+
+    options = override(given, assignments)
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in options and parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+            flag = f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
+            raise UsageError(f"--option {name}: this is no option of the family; use {flag}.")
+    return options
 
 
 def progress(what: str) -> Callable[[int, int], None]:

@@ -136,12 +136,20 @@ def test_other_pictures_or_settings_do_not_continue_a_run(cli, tiny, half_done, 
         (["--average", "median"], ["median", "power-0.100"]),
         (["-n", "0"], ["-n"]),
         (["--batch", "0"], ["--batch"]),
+        (["--option", "seed=3"], ["--option seed", "use --seed"]),
+        (["--option", "n=3"], ["use -n"]),
+        (["--option", "as_written=true"], ["use --as-written"]),
     ],
     ids=lambda part: " ".join(part),
 )
 def test_drawing(cli, reference, tmp_path: Path, extra: list[str], words: list[str]) -> None:
     cli("generate", reference("vae"), "--out", tmp_path / "out", *extra).refused(2, *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_measuring(cli, reference) -> None:
+    cli("evaluate", reference("vae"), "--option", "seed=3").refused(2, "--option seed", "use --seed")
+    cli("evaluate", reference("vae"), "--option", "speed=3").refused(2, "--speed", "vae")
 
 
 def test_a_folder_without_run_or_weights(cli, tiny, reference, tmp_path: Path) -> None:
