@@ -44,7 +44,17 @@ def tune(
     assignments = list(settings or [])
     assignments += [f"train.device='{device}'"] if device is not None else []
     found = tuning.tune(
-        recipe, over, out, train, assignments=assignments, kimg=kimg, seeds=seeds, reduction=reduction, say=say
+        recipe,
+        over,
+        out,
+        train,
+        data=data,
+        assignments=assignments,
+        kimg=kimg,
+        seeds=seeds,
+        reduction=reduction,
+        say=say,
+        progress=progress("Reading pictures"),
     )
     winner = next(row for row in found.rows if row.name == found.winner)
     best = " ".join(f"--set {key}={value}" for key, value in winner.settings.items())

@@ -28,6 +28,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from imagekiln import data as datasets
 from imagekiln.config import Recipe, read_toml
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine import registry
@@ -114,15 +115,19 @@ def tune(
     out: str | Path,
     train: Train,
     *,
+    data: str = "",
     assignments: Sequence[str] = (),
     kimg: float | None = None,
     seeds: int = 3,
     reduction: int = 3,
     say: Say | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Tuned:
     """Find the best of a few settings; the same call continues what was interrupted.
 
-    recipe, assignments: as for `api.train`, without the pictures, which `train` knows. over: `a.b=v1,v2,...`.
+    recipe, assignments: as for `api.train`. over: `a.b=v1,v2,...`.
+    data: the pictures that `train` knows, so that a tuning on others is not continued; "" = nobody asks.
+    progress: told (done, total) while they are read.
     kimg: length of the last rung; None takes the recipe's. seeds: of the finalists, the recipe's own seed first.
     reduction: one in so many goes on, and a rung is so many times longer than the one before.
 
@@ -142,9 +147,11 @@ def tune(
             f"The first rung of {len(grid)} candidates would last {rungs_kimg[0] * 1000:.0f} images, less than a step "
             f"of {images}. Give a larger --kimg or fewer values."
         )
+    config = whole[0].data.model_copy(update={"path": data})
+    fingerprint = datasets.load(config, progress=progress).fingerprint if data else ""
     first = whole[0].train.seed
     race = _Race(grid, rungs_kimg, [first + number for number in range(seeds)], Path(out), train, list(assignments))
-    race.claim(recipe)
+    race.claim(recipe, fingerprint, whole[0].model_dump(mode="json", exclude={"data": {"path"}}))
     found = race.run(reduction, ranked_by(whole[0].family.name), say or (lambda sentence: None))
     race.write(found.to_json())
     return found
@@ -229,14 +236,18 @@ class _Race:
         self.reached: dict[str, float | None] = {}
         self.values: dict[str, list[float]] = {one.name: [] for one in grid}
 
-    def claim(self, recipe: str) -> None:
-        """Write what the folder is tuned with, or see that it is what it was, and take up what has been reached."""
+    def claim(self, recipe: str, data: str, settings: Mapping[str, Any]) -> None:
+        """Write what the folder is tuned with, or see that it is what it was, and take up what has been reached.
+
+        data: fingerprint of the pictures. settings: those of the first candidate, all of them.
+        """
         self.plan = {
             "recipe": recipe,
-            "assignments": list(self._assignments),
+            "data": data,
             "candidates": [dict(one.values) for one in self.grid],
             "rungs_kimg": list(self.rungs_kimg),
             "seeds": list(self.seeds),
+            "settings": settings,
         }
         path = self.out / PLAN
         if not path.is_file():

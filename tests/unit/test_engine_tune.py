@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from PIL import Image
 from typer.testing import CliRunner
 
 from imagekiln import api
@@ -198,6 +199,37 @@ def test_what_diverges_falls_behind_and_all_of_it_is_an_error(tmp_path: Path) ->
     assert found.winner == "temperature-0" and all(row.rungs[0] == math.inf for row in found.rows if not row.control)
     with pytest.raises(Diverged, match="Every candidate"):
         tune("classifier", [f"{HEAT}=1,2"], tmp_path / "hopeless", fragile, kimg=9.0, seeds=2)
+
+
+def test_other_pictures_or_an_edited_recipe_do_not_continue_a_tuning(tmp_path: Path) -> None:
+    def told(folder: Path, assignments: Sequence[str]) -> Run:
+        """Rows as a trainer writes them."""
+        run = Run.create(folder, '[family]\nname = "classifier"\n[train]\n', {})
+        run.append_stats({"nimg": 1, "validation/classify": float(len(folder.name))})
+        return run
+
+    recipe, photos = tmp_path / "mine.toml", tmp_path / "photos"
+    photos.mkdir()
+    for index in range(8):
+        Image.new("L", (8, 8), 20 * index).save(photos / f"{index}.png")
+    recipe.write_text('[family]\nname = "classifier"\nwidth = 8\n')
+
+    def again(data: str | Path) -> Tuned:
+        return tune(str(recipe), [f"{HEAT}=1"], tmp_path / "t", told, data=str(data), kimg=9.0, seeds=2)
+
+    found = again(photos)
+    assert again(photos) == found
+    with pytest.raises(UsageError, match="other data"):
+        again("builtin:digits")
+    photos.rename(tmp_path / "moved")
+    assert again(tmp_path / "moved") == found
+    (tmp_path / "moved" / "0.png").unlink()
+    with pytest.raises(UsageError, match="other data"):
+        again(tmp_path / "moved")
+    Image.new("L", (8, 8), 0).save(tmp_path / "moved" / "0.png")
+    recipe.write_text('[family]\nname = "classifier"\nwidth = 16\n')
+    with pytest.raises(UsageError, match="other settings"):
+        again(tmp_path / "moved")
 
 
 def test_the_verb_prints_a_table_and_the_command_to_go_on_with(tmp_path: Path) -> None:
