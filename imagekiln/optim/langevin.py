@@ -74,7 +74,8 @@ def langevin(
     seed: of the noise. Optimizers of one training need different seeds, replicas of one model the same.
     law: "gauss", or "matched", which is faster and has the same first seven moments (see `imagekiln.optim.noise`).
     schedule: factor of D as a function of progress, the steps taken over num_steps. It is code and not saved: give it
-        again. A trainer that keeps progress itself calls `place` before each step instead.
+        again. A trainer that keeps progress itself calls `place` before each step instead, and may train parts of its
+        network later than others.
     report: called after the first step with all four dials; `describe` gives them at any time.
 
     Every step uses the rates its groups have then, so schedulers are respected; with momentum, raise the rate over more
@@ -269,7 +270,7 @@ class _Attachment:
         closure = has_closure(args, kwargs)
         if _overflowed(optimizer):
             return
-        if self._first and not closure:
+        if self._first and not closure and not any(map(_is_placed, optimizer.param_groups)):
             _check_unused(optimizer)
         self._kick(optimizer, before=True, closure=closure)
 
@@ -314,8 +315,9 @@ class _Attachment:
         for place, group in enumerate(optimizer.param_groups):
             rate = float(group["lr"])
             self._highest[place] = max(rate, self._highest.get(place, 0.0))
-            owned = "noise_factor" in group  # who sets it knows the schedules of both
-            if not owned and not self._warned and group["noise_diffusion"] and rate < _STOPPED * self._highest[place]:
+            if _is_placed(group) or self._warned or not group["noise_diffusion"]:
+                continue
+            if rate < _STOPPED * self._highest[place]:
                 self._warned = True
                 warnings.warn(
                     f"The learning rate is {rate / self._highest[place]:.2g} of its highest: it anneals the noise "
@@ -325,6 +327,11 @@ class _Attachment:
 
 
 _attached: WeakKeyDictionary[Optimizer, _Attachment] = WeakKeyDictionary()
+
+
+def _is_placed(group: Group) -> bool:
+    """Whether a trainer keeps the progress: it knows the schedules of rate and heat, and which parts learn when."""
+    return "noise_factor" in group
 
 
 def _overflowed(optimizer: Optimizer) -> bool:

@@ -524,6 +524,16 @@ def test_a_parameter_the_loss_does_not_use_is_refused_in_the_first_step():
     assert (used == 0).all()
 
 
+def test_a_trainer_that_places_the_noise_may_begin_with_some_parameters_later():
+    early, late = Parameter(torch.zeros(3)), Parameter(torch.zeros(2))
+    optimizer = langevin(SGD([early, late], lr=0.1), diffusion=0.1)
+    for step in range(2):
+        place(optimizer, step=step)
+        early.grad, late.grad = torch.zeros(3), torch.zeros(2) if step else None
+        optimizer.step()
+        assert (early != 0).all() and bool((late != 0).all()) == bool(step)
+
+
 def test_another_list_of_parameters_is_refused_at_the_resume():
     a, b = Parameter(torch.zeros(3)), Parameter(torch.zeros(3))
     state = langevin(SGD([("a", a), ("b", b)], lr=0.1), diffusion=0.1).state_dict()

@@ -316,6 +316,26 @@ def test_resumption_is_exact_also_across_a_stage(tmp_path: Path, stop: int):
     _require_equal(whole, second, "resumed differs")
 
 
+def test_layers_that_begin_later_are_heated_from_then_on(tmp_path: Path):
+    warm = {"langevin": {"temperature": 1e-3}}
+    settings = {"family": SMALL, "optim": {"critic": warm, "generator": warm}}
+    whole, first = (_trainer("pggan", tmp_path / name, 10, settings) for name in ("whole", "parts"))
+    cold = _trainer("pggan", tmp_path / "cold", 10, {"family": SMALL})
+    layer = "generator.blocks.2.0.convolve.weight"
+    for step in range(10):
+        whole.step()
+        cold.step()
+        kept = torch.equal(whole.family.get_parameter(layer), cold.family.get_parameter(layer))
+        assert kept == (step < 4), "a layer that is not in use does not move"
+        if step < 3:
+            first.step()
+    first.time_event("checkpoint")
+    second = again(first)
+    for _ in range(7):
+        second.step()
+    _require_equal(whole, second, "resumed differs")
+
+
 def test_optimizers_begin_with_a_layer_when_it_begins(tmp_path: Path):
     trainer = _trainer("pggan", tmp_path, 10, {"family": SMALL})
     trainer.step()
