@@ -37,7 +37,7 @@ from imagekiln.core import mix
 from imagekiln.errors import UsageError
 from imagekiln.optim import dials as conversions
 from imagekiln.optim.dials import Dials, not_negative, to_diffusion
-from imagekiln.optim.kicks import Group, heat, kick_of, memory
+from imagekiln.optim.kicks import Group, heat, kick_of, memory, steps_taken
 from imagekiln.optim.noise import Addition, Stream, add, check_law
 from imagekiln.optim.temperature import Schedule
 
@@ -298,13 +298,15 @@ class _Attachment:
     def _kick(self, optimizer: Optimizer, *, before: bool, closure: bool) -> None:
         additions = []
         rates = {id(group): self._diffusion(group) for group in optimizer.param_groups}
+        hot = any(rates[id(group)] and (memory(group) > 0) == before for group in optimizer.param_groups)
+        steps = steps_taken(optimizer) if hot else {}
         for group, parameter, key in named(optimizer):
             check_gradient(parameter)
             diffusion = rates[id(group)]
             moves = parameter.requires_grad and (closure or parameter.grad is not None)
             if not diffusion or not moves or float(group["lr"]) == 0 or (memory(group) > 0) != before:
                 continue
-            kick = kick_of(optimizer, group, parameter)
+            kick = kick_of(optimizer, group, parameter, steps)
             if kick is not None:
                 stream = stream_of(parameter, group, key)
                 scale = (kick.variance * diffusion) ** 0.5

@@ -15,7 +15,7 @@ Shapes: R curvatures, N chains, S samples, D coordinates.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,7 +25,7 @@ from torch.nn import Parameter
 from torch.optim import Adam, Optimizer, RMSprop
 
 from imagekiln.errors import UsageError
-from imagekiln.optim.kicks import Group, kick_of, memory
+from imagekiln.optim.kicks import Group, kick_of, memory, steps_taken
 from imagekiln.optim.noise import normal
 from imagekiln.optim.samplers import BAOAB, SGHMC
 
@@ -167,10 +167,10 @@ def kinetic(optimizer: Optimizer) -> Reading:
     >>> abs(kinetic(sampler).diffusion - 0.01) < 0.002
     True
     """
-    total, num = 0.0, 0
+    total, num, steps = 0.0, 0, steps_taken(optimizer)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            energy = _kinetic_energy(optimizer, group, parameter)
+            energy = _kinetic_energy(optimizer, group, parameter, steps)
             if energy is not None:
                 total, num = total + float(energy.double().sum()), num + energy.numel()
     if num == 0:
@@ -227,7 +227,9 @@ def _default_curvatures(optimizer: Steps, groups: list[Group], diffusion: float 
     return [diffusion * (share / lr) ** 2 for share in SHARES_OF_STABILITY]
 
 
-def _kinetic_energy(optimizer: Optimizer, group: Group, parameter: Tensor) -> Tensor | None:
+def _kinetic_energy(
+    optimizer: Optimizer, group: Group, parameter: Tensor, steps: Mapping[Tensor, float]
+) -> Tensor | None:
     state = optimizer.state.get(parameter, {})
     if isinstance(optimizer, BAOAB):
         return state["momentum"].square() if state else None
@@ -235,7 +237,7 @@ def _kinetic_energy(optimizer: Optimizer, group: Group, parameter: Tensor) -> Te
         return state["momentum_buffer"].square() * (group["lr"] * (1 + group["momentum"]) / 2) if state else None
     if not ("betas" in group or "momentum" in group) or memory(group) == 0:
         return None
-    kick = kick_of(optimizer, group, parameter)
+    kick = kick_of(optimizer, group, parameter, steps)
     if kick is None:
         return None
     mu = memory(group)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from imagekiln.errors import UsageError
 from imagekiln.optim.adaptive_samplers import PSGLD, SGNHT
@@ -66,6 +67,33 @@ def test_without_temperature_it_is_the_optimizer_bit_for_bit(name):
     advance(warm, langevin(STOCK[name](warm.parameters()), temperature=0.1, num_data=10), range(6))
     assert same(bare, cold)
     assert not same(bare, warm)
+
+
+class Reads(TorchDispatchMode):
+    """Counts numbers that are read out of tensors, for each of which a program waits for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.99), (0.0, 0.99)])
+def test_a_step_does_not_wait_for_each_parameter(betas):
+    counts = []
+    for num in (1, 50):
+        parameters = [Parameter(torch.ones(2)) for _ in range(num)]
+        optimizer = langevin(Adam(parameters, lr=0.1, betas=betas, fused=True), diffusion=0.1)
+        with Reads() as reads:
+            for _ in range(3):
+                for parameter in parameters:
+                    parameter.grad = torch.ones(2)
+                optimizer.step()
+        counts.append(reads.count)
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("kind", SAMPLERS)
