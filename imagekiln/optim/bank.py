@@ -150,7 +150,7 @@ def calibration_error(probabilities_BK: Tensor, labels_B: Tensor, num_bins: int 
     confidence_B, chosen_B = probabilities_BK.double().max(1)
     gap_B = (chosen_B == labels_B).double() - confidence_B
     bin_B = (confidence_B * num_bins).ceil().long().clamp(1, num_bins) - 1
-    sums = torch.zeros(num_bins, dtype=torch.float64).index_add_(0, bin_B, gap_B)
+    sums = gap_B.new_zeros(num_bins).index_add_(0, bin_B, gap_B)
     return float(sums.abs().sum() / len(labels_B))
 
 

@@ -51,6 +51,11 @@ def test_the_calibration_error_is_the_gap_of_every_bin_by_its_weight():
         calibration_error(p, labels)
 
 
+def test_the_calibration_error_is_computed_where_the_probabilities_are():
+    with torch.device("meta"):  # stands for another device than theirs
+        assert calibration_error(*(torch.tensor(rows, device="cpu") for rows in ([[1.0, 0.0]], [1]))) == 1.0
+
+
 def test_r_hat_is_one_for_chains_that_agree_and_grows_with_their_distance():
     generator = torch.Generator().manual_seed(0)
     chains_CSB = torch.randn(4, 2000, 3, generator=generator, dtype=torch.float64)
