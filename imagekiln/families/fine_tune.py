@@ -147,7 +147,8 @@ class FineTune(Family):
         chosen_B = torch.randint(len(self.prior_NCHW), (len(x),), device=x.device)
         both = torch.cat([x, self.prior_NCHW[chosen_B]])
         told = torch.cat([tokens_BL, self.read([self.config.prior.prompt]).to(x.device).expand(len(x), -1)])
-        given, prior = self._error(both, self._levels(both), told).chunk(2)
+        sigma_B = torch.cat([self._levels(x), self._levels(x)])  # each half is spread over all levels
+        given, prior = self._error(both, sigma_B, told).chunk(2)
         return Loss(
             given.mean() + self.config.prior.weight * prior.mean(), {"given": given.mean(), "prior": prior.mean()}
         )

@@ -166,6 +166,16 @@ def test_a_prior_is_drawn_once_by_the_model_as_it_was_and_kept():
     assert "prior_NCHW" in model.state_dict() and "prior_NCHW" not in plain.state_dict()
 
 
+def test_given_pictures_and_the_prior_each_see_all_levels():
+    model = family(prior={"prompt": "a cat", "pictures": 2}, sample={"steps": 2})
+    model.loss("denoise", batch(model), Progress(0, 10))  # the prior is drawn here
+    seen: list[torch.Tensor] = []
+    model.base.denoiser.register_forward_pre_hook(lambda network, given: seen.append(given[1]))
+    model.loss("denoise", Batch(torch.randn(8, 4, 8, 8)), Progress(0, 10))
+    for half in seen[0].chunk(2):
+        assert sorted((half // 125).tolist()) == list(range(8))  # of a thousand steps
+
+
 def test_weights_of_levels_are_those_of_min_snr():
     plain, weighted = (family(min_snr=value).eval() for value in (0.0, 5.0))
     one = batch(plain)
