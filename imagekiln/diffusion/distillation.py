@@ -29,6 +29,7 @@ from torch.nn.functional import relu
 from imagekiln.config import Section
 from imagekiln.core import Family, HeldOut, Loss, Progress
 from imagekiln.diffusion import samplers
+from imagekiln.diffusion.drawing import Drawing
 from imagekiln.diffusion.paths import Path
 from imagekiln.diffusion.samplers import Denoiser
 from imagekiln.errors import RecipeError, UsageError
@@ -44,13 +45,13 @@ class Distillation(Section):
     """What a student learns from its teacher."""
 
     levels: tuple[float, ...] = Field(
-        (160.0, 1.0), min_length=1, max_length=8, description="noise levels that it draws from, falling"
+        (160.0, 1.0), min_length=1, max_length=8, description="noise levels that it draws from, falling, in Euler steps"
     )
     teacher_steps: int = Field(4, ge=1, le=64, description="steps of the teacher from noise, fewer from lower levels")
     adversarial_weight: float = Field(0.3, ge=0, description="of the discriminator on the teacher's maps; 0 = none")
 
-    def check(self, steps: int) -> None:
-        """Raises `RecipeError` for levels that do not fall, or fewer of them than the steps drawn with."""
+    def check(self, drawing: Drawing) -> None:
+        """Raises `RecipeError` for levels that do not fall, fewer of them than the steps drawn with, or other steps."""
         fall = all(high > low for high, low in itertools.pairwise(self.levels))
         if not fall or self.levels[-1] <= 0:
             raise RecipeError(
@@ -58,25 +59,41 @@ class Distillation(Section):
                 "[160, 1]."
             )
 
-        if steps > len(self.levels):
+        if drawing.steps > len(self.levels):
             raise RecipeError(
-                f"family.sample.steps = {steps}: with a teacher it learns to draw from {len(self.levels)} noise levels "
-                "(family.distillation.levels). Set as many steps, or fewer."
+                f"family.sample.steps = {drawing.steps}: with a teacher it learns to draw from {len(self.levels)} noise "
+                "levels (family.distillation.levels). Set as many steps, or fewer."
+            )
+        if not _as_learned(drawing):
+            raise RecipeError(
+                f"family.sample.sampler = {drawing.sampler!r}: with a teacher it learns to draw in Euler steps. Set "
+                "family.sample.sampler to euler."
             )
 
-    def grid(self, steps: int) -> Tensor:
-        """The levels of so many steps and then 0: (steps + 1,) float64. Raises `UsageError` for more steps than levels.
+    def grid(self, drawing: Drawing) -> Tensor:
+        """The levels of so many steps and then 0: (steps + 1,) float64. Raises `UsageError` for more steps than levels,
+        or other steps than it learned.
 
-        >>> Distillation(levels=(8, 4, 2, 1)).grid(2).tolist()
+        >>> Distillation(levels=(8, 4, 2, 1)).grid(Drawing(steps=2, sampler="euler")).tolist()
         [8.0, 2.0, 0.0]
         """
+        steps = drawing.steps
         if steps > len(self.levels):
             raise UsageError(
                 f"{steps} steps: this model learned to draw in at most {len(self.levels)}. Ask for as many, or draw "
                 "with its teacher."
             )
+        if not _as_learned(drawing):
+            raise UsageError(
+                f"sampler {drawing.sampler!r}: this model learned to draw in Euler steps. Ask for euler, or draw with "
+                "its teacher."
+            )
         chosen = [self.levels[place * len(self.levels) // steps] for place in range(steps)]
         return torch.tensor([*chosen, 0.0], dtype=torch.float64)
+
+
+def _as_learned(drawing: Drawing) -> bool:
+    return samplers.sampler(drawing.sampler) is samplers.euler
 
 
 def teacher_of(student: Family) -> Any:
@@ -114,9 +131,9 @@ def imitation(
     lesson: Lesson, settings: Distillation, path: Path, like: Tensor, sigma_B: Tensor, progress: Progress
 ) -> Loss:
     """The student's loss. like: any pictures of the batch's shape; sigma_B: the noise under which y is judged."""
-    z, level_B = arrived(lesson.student, torch.randn_like(like), settings.levels, path)
-    y = lesson.student(z, level_B)
-    apart = distance(y, goal(lesson.teacher, z, float(level_B[0]), path, settings.teacher_steps)).mean()
+    z, level = arrived(lesson.student, torch.randn_like(like), settings.levels, path)
+    y = _at(lesson.student, z, level)
+    apart = distance(y, goal(lesson.teacher, z, level, path, settings.teacher_steps)).mean()
     if not settings.adversarial_weight:
         return Loss(apart, {"distance": apart})
     on_fake = lesson.judge(path.diffuse(y, torch.randn_like(y), sigma_B), sigma_B)
@@ -128,7 +145,7 @@ def imitation(
 def discrimination(lesson: Lesson, settings: Distillation, path: Path, x: Tensor, sigma_B: Tensor) -> Loss:
     """The hinge loss of what judges (Lim & Ye 2017, arXiv:1705.02894): x are real pictures of the batch."""
     with torch.no_grad():
-        y = lesson.student(*arrived(lesson.student, torch.randn_like(x), settings.levels, path))
+        y = _at(lesson.student, *arrived(lesson.student, torch.randn_like(x), settings.levels, path))
         noisy = [path.diffuse(images, torch.randn_like(x), sigma_B) for images in (x, y)]
     on_real, on_fake = (lesson.judge(z, sigma_B) for z in noisy)
     pairs = zip(on_real, on_fake, strict=True)
@@ -140,20 +157,25 @@ def discrimination(lesson: Lesson, settings: Distillation, path: Path, x: Tensor
 @torch.no_grad()
 def held_out(lesson: Lesson, settings: Distillation, path: Path, like: Tensor) -> HeldOut:
     """The distance of each of the student's pictures from its teacher's, of noise shaped as `like`."""
-    z, level_B = arrived(lesson.student, torch.randn_like(like), settings.levels, path)
-    end = goal(lesson.teacher, z, float(level_B[0]), path, settings.teacher_steps)
-    return HeldOut(distance(lesson.student(z, level_B), end))
+    z, level = arrived(lesson.student, torch.randn_like(like), settings.levels, path)
+    end = goal(lesson.teacher, z, level, path, settings.teacher_steps)
+    return HeldOut(distance(_at(lesson.student, z, level), end))
 
 
 @torch.no_grad()
-def arrived(student: Denoiser, eps: Tensor, levels: Sequence[float], path: Path) -> tuple[Tensor, Tensor]:
-    """Where the student's steps from noise lead: z at one of the levels, the same for the batch, and sigma_B.
+def arrived(student: Denoiser, eps: Tensor, levels: Sequence[float], path: Path) -> tuple[Tensor, float]:
+    """Where the student's steps from noise lead: z at one of the levels, the same for the batch, and that level.
 
     Draws the level from torch's global generator on the CPU, so that no step waits for a device.
     """
     place = int(torch.randint(len(levels), ()))
     grid = torch.tensor(levels[: place + 1], dtype=torch.float64)
-    return samplers.euler(student, eps, grid, path), eps.new_full((len(eps),), levels[place])
+    return samplers.euler(student, eps, grid, path), levels[place]
+
+
+def _at(denoise: Denoiser, z: Tensor, level: float) -> Tensor:
+    """The picture that a denoiser expects behind z, all of it at this level."""
+    return denoise(z, z.new_full((len(z),), level))
 
 
 @torch.no_grad()

@@ -100,7 +100,7 @@ class Diffusion(Family):
         except UsageError as error:
             raise RecipeError(f"family.widths = {list(config.widths)}: {error}") from error
         if config.teacher:
-            config.distillation.check(config.sample.steps)
+            config.distillation.check(config.sample)
         if config.teacher and config.distillation.adversarial_weight:
             self.heads = FeatureHeads(self.unet.map_widths)
             self.phases = (*self.phases, Phase("discriminate", trains=("heads",)))
@@ -150,7 +150,7 @@ class Diffusion(Family):
         if self.guide is not None:
             weaker = self.guide._denoiser(labels_B)
         told = self._denoiser(labels_B)
-        grid = self.config.distillation.grid(options.steps) if self.config.teacher else None
+        grid = self.config.distillation.grid(options) if self.config.teacher else None
         return draw(noise, self.path, options, told, weaker, grid=grid, start=condition.start, keep=condition.keep)
 
     def noise_shape(self) -> tuple[int, ...]:

@@ -96,7 +96,7 @@ class StableDiffusion(Family):
         self.text = TextEncoder(text.width, text.layers, text.context, text.vocabulary)
         self.denoiser = denoiser(config.denoiser, image_shape, config.depth, config.widths, text.width)
         if config.teacher:
-            config.distillation.check(config.sample.steps)
+            config.distillation.check(config.sample)
             self.phases = (Phase("denoise", trains=("denoiser",)),)
         if config.teacher and config.distillation.adversarial_weight:
             self.heads = FeatureHeads(self.denoiser.map_widths)
@@ -147,7 +147,7 @@ class StableDiffusion(Family):
         weaker = self._denoiser(negative_BL) if options.guidance != 1 else None
         if self.guide is not None:
             weaker = self.guide._denoiser(tokens_BL)
-        grid = self.config.distillation.grid(options.steps) if self.config.teacher else None
+        grid = self.config.distillation.grid(options) if self.config.teacher else None
         begin = {"start": condition.start, "keep": condition.keep}
         return draw(noise, self.path, options, told, weaker, options.guidance_rescale, grid, **begin)
 

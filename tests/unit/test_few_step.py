@@ -19,6 +19,7 @@ from imagekiln.config import read_toml
 from imagekiln.core import Progress
 from imagekiln.diffusion import distillation, paths, samplers
 from imagekiln.diffusion.distillation import Distillation, Lesson
+from imagekiln.diffusion.drawing import Drawing
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine.generate import asked_for, pictured
 from imagekiln.engine.inputs import begin
@@ -89,11 +90,10 @@ def test_where_the_student_arrives() -> None:
     path, eps, found = paths.path("vp"), torch.randn(4, 3), set()
     for seed in range(12):
         torch.manual_seed(seed)
-        z, level_B = distillation.arrived(lambda z, sigma_B: torch.zeros_like(z), eps, (80.0, 1.0), path)
-        _, b = path.scales(level_B[0].double())
+        z, level = distillation.arrived(lambda z, sigma_B: torch.zeros_like(z), eps, (80.0, 1.0), path)
+        _, b = path.scales(torch.tensor(level, dtype=torch.float64))
         torch.testing.assert_close(z, (b * eps).float())
-        assert bool((level_B == level_B[0]).all())
-        found.add(float(level_B[0]))
+        found.add(level)
     assert found == {80.0, 1.0}
 
 
@@ -147,7 +147,29 @@ def test_losses_against_their_formulas() -> None:
 @pytest.mark.parametrize("levels", [(1.0, 2.0), (1.0, 1.0), (1.0, 0.0), (-1.0,)])
 def test_levels_that_do_not_fall_are_refused(levels: tuple[float, ...]) -> None:
     with pytest.raises(RecipeError, match=r"family\.distillation\.levels"):
-        Distillation(levels=levels).check(1)
+        Distillation(levels=levels).check(Drawing(steps=1, sampler="euler"))
+
+
+def test_a_student_draws_by_the_rule_it_learned_with() -> None:
+    student = Distillation(levels=(80.0, 4.0, 1.0))
+    for name in ("euler", "ddim"):  # one rule
+        student.check(Drawing(steps=3, sampler=name))
+        assert student.grid(Drawing(steps=3, sampler=name)).tolist() == [80, 4, 1, 0]
+    for name in ("dpmpp_2m", "heun"):
+        with pytest.raises(RecipeError, match=r"family\.sample\.sampler to euler"):
+            student.check(Drawing(steps=3, sampler=name))
+        with pytest.raises(UsageError, match="Ask for euler"):
+            student.grid(Drawing(steps=3, sampler=name))
+
+
+def test_no_lesson_waits_for_a_device() -> None:
+    """Tensors on "meta" stand for those of a device: whoever reads a number of theirs fails."""
+    path, settings = paths.path("rf"), Distillation(levels=(8.0, 2.0))
+    x, sigma_B = torch.empty(3, 1, 2, 2, device="meta"), torch.empty(3, device="meta")
+    lesson = Lesson(lambda z, sigma_B: z / 2, lambda z, sigma_B: z / 3, lambda z, sigma_B: [z.flatten(1)])
+    assert distillation.imitation(lesson, settings, path, x, sigma_B, Progress(1, 2)).total.is_meta
+    assert distillation.discrimination(lesson, settings, path, x, sigma_B).total.is_meta
+    assert distillation.held_out(lesson, settings, path, x).values.is_meta
 
 
 # -- maps -------------------------------------------------------------------------------------------------------------
@@ -302,7 +324,7 @@ def test_what_cannot_go_on_is_refused(trained: dict[str, Run], tmp_path: Path) -
         given = [f"family.teacher='{pixels}'", "family.sample.steps=3"]
         imagekiln.train("diffusion", "builtin:digits", tmp_path / "three", assignments=given)
     with pytest.raises(RecipeError, match="only learn from its own kind"):
-        given = [f"family.teacher='{pixels}'", "family.sample.steps=2"]
+        given = [f"family.teacher='{pixels}'", "family.sample.steps=2", "family.sample.sampler='euler'"]
         imagekiln.train(
             "stable_diffusion", "builtin:digits", tmp_path / "sd", settings={"family": WORDS}, assignments=given
         )
