@@ -28,6 +28,7 @@ from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
 from imagekiln.config import Fit
 from imagekiln.data import gif, mend
@@ -43,6 +44,7 @@ MAX_ASPECT = 20
 _ONE_AT_A_TIME = 16_000_000  # pictures above this many pixels are decoded one by one: eight threads must not hold 8 GB
 _opening, _large = threading.Lock(), threading.Lock()
 _ORIENTATION = 0x0112
+_WHITE_IS_ZERO = 0
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -421,17 +423,21 @@ def _eight_bit_srgb(image: Image.Image) -> Image.Image:
 
 
 def _scaled_grey(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits, scaled from its full range and never clipped: 0..65535, or 0..1 for floats."""
-    pixels = np.asarray(image)
+    """Grey of more than 8 bits, scaled from its full range and never clipped: 0..65535, 0..4095 for TIFFs of 12 bits,
+    or 0..1 for floats. Of such TIFFs Pillow neither scales 12 bits nor turns what is white at 0."""
+    pixels, tags = np.asarray(image), getattr(image, "tag_v2", {})
     if pixels.dtype.kind == "f":
         if not np.isfinite(pixels).all():
             raise Unusable("pixels that are not finite numbers")
         if pixels.min() < 0 or pixels.max() > 1:
             raise Unusable("float pixels outside 0..1 (HDR)")
-        return Image.fromarray(np.rint(pixels * 255).astype(np.uint8))
-    if pixels.min() < 0 or pixels.max() > 65535:
+    elif pixels.min() < 0 or pixels.max() > 65535:
         raise Unusable("32-bit pixels")
-    return Image.fromarray(np.rint(pixels / 257).astype(np.uint8))
+    else:
+        pixels = pixels / (4095 if tags.get(BITSPERSAMPLE) == (12,) else 65535)
+    if tags.get(PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO:
+        pixels = 1 - pixels
+    return Image.fromarray(np.rint(pixels * 255).astype(np.uint8))
 
 
 @lru_cache(maxsize=16)

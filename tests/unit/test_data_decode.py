@@ -146,6 +146,22 @@ def test_sixteen_bits_are_scaled_and_never_clipped(format: str) -> None:
     assert (np.asarray(image).ravel() == np.arange(256)).all()
 
 
+def test_a_tiff_of_twelve_bits_is_scaled_from_its_own_range() -> None:
+    values = np.rint(np.arange(256) * 4095 / 255).astype(np.uint16)
+    raw = encoded(Image.fromarray(values.reshape(16, 16)), "TIFF")
+    pairs = (int(a) << 12 | int(b) for a, b in values.reshape(-1, 2))
+    raw = raw.replace(values.tobytes(), b"".join(pair.to_bytes(3, "big") for pair in pairs))
+    twelve = raw.replace(struct.pack("<HHIHH", 258, 3, 1, 16, 0), struct.pack("<HHIHH", 258, 3, 1, 12, 0))
+    assert (np.asarray(decoded(twelve)).ravel() == np.arange(256)).all()
+
+
+def test_zero_is_white_where_a_tiff_says_so() -> None:
+    ramp = np.arange(256).reshape(16, 16)
+    for values in ((ramp * 257).astype(np.uint16), (ramp / 255).astype(np.float32)):
+        raw = encoded(Image.fromarray(values), "TIFF", tiffinfo={262: 0})
+        assert (np.asarray(decoded(raw)).ravel() == np.arange(256)[::-1]).all()
+
+
 def test_cmyk_becomes_rgb() -> None:
     inks = Image.merge("CMYK", [Image.new("L", (16, 16), ink) for ink in (0, 255, 255, 0)])
     red = np.asarray(decoded(encoded(inks, "JPEG", quality=100))).astype(int)
