@@ -28,6 +28,7 @@ from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
 from imagekiln.config import Fit
@@ -325,6 +326,9 @@ def _identify(stream: BinaryIO, max_pixels: int) -> Image.Image:
             raise Unusable(f"too large ({int(found[1]) / 1e6:.0f} MP)" if found else "too large") from None
         finally:
             Image.MAX_IMAGE_PIXELS = before
+    if image.format == "MPO":  # a JPEG of a phone: what lies behind the picture is a map of depth or gain, no frame
+        stream.seek(0)
+        image = JpegImageFile(stream)
     _judge_size(image, max_pixels)
     return image
 

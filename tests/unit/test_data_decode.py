@@ -14,7 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from imagekiln.data.decode import FORMATS, MAX_PIXELS, Unusable, colour, fit, flatten, open_noted, open_safely, probe
+from imagekiln.data.decode import (
+    FORMATS,
+    MAX_PIXELS,
+    Unusable,
+    colour,
+    fit,
+    flatten,
+    num_frames,
+    open_noted,
+    open_safely,
+    probe,
+)
 from imagekiln.errors import UsageError
 
 RNG = np.random.default_rng(0)
@@ -153,6 +164,17 @@ def test_a_tiff_of_twelve_bits_is_scaled_from_its_own_range() -> None:
     raw = raw.replace(values.tobytes(), b"".join(pair.to_bytes(3, "big") for pair in pairs))
     twelve = raw.replace(struct.pack("<HHIHH", 258, 3, 1, 16, 0), struct.pack("<HHIHH", 258, 3, 1, 12, 0))
     assert (np.asarray(decoded(twelve)).ravel() == np.arange(256)).all()
+
+
+def test_a_jpeg_with_a_gain_map_behind_it_is_a_jpeg() -> None:
+    raw = encoded(NOISE.resize((60, 400)), "MPO", save_all=True, append_images=[Image.new("L", (15, 100), 90)])
+    opened = open_noted(io.BytesIO(raw), name="a.jpg")
+    assert opened.notes == frozenset() and (opened.height, opened.width) == (400, 60)
+    assert num_frames(io.BytesIO(raw), 9) == 1
+    assert decoded(raw, short_side=10).size == (30, 200)
+    picture = raw[: raw.index(b"\xff\xd8", 2)]
+    cut = open_noted(io.BytesIO(picture[:-20]), repair=True)
+    assert cut.notes == {"repaired"} and 360 <= cut.height < 400
 
 
 def test_zero_is_white_where_a_tiff_says_so() -> None:
