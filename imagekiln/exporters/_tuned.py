@@ -1,13 +1,17 @@
 r"""What a pretrained model learned, in the files that other programs add to it, each proven with its stock pipeline.
 
     lora, dora  `pytorch_lora_weights.safetensors`: A, B alpha / rank and lengths under diffusers' names of layers; and
-                under the names of kohya's scripts, which ComfyUI reads, A, B and alpha
+                under the names of kohya's scripts, which ComfyUI reads, A, B and alpha, or for DoRA whole differences
     word        `learned_embeds.safetensors`: the word and its numbers
     full        the whole pipeline, as `save_pretrained` writes it
 
 The proof: the pipeline of `family.base` with the file loaded draws what our own sampler draws. U-Nets step there
 through `DDIMScheduler` with trailing steps, whose levels are exactly those of the network's steps; transformers through
 the `FlowMatchEulerDiscreteScheduler` of their folder.
+
+DoRA in ComfyUI: its rule divides by the lengths of W where DoRA divides by those of W + s B A, and under diffusers'
+names it looks for no lengths at all. So it is given W' - W of every changed layer, in general of full rank, which it
+adds to W (`LAYER.diff`). The proof of that is layer by layer, as no pipeline of diffusers reads such a file.
 
 Shapes: B pictures, r rank, V tokens of a word, W numbers a token.
 """
@@ -66,8 +70,12 @@ def write(model: Model, out: Path, to: Literal["diffusers", "comfyui"]) -> dict[
     example = f"from diffusers import {name}\n\npipeline = {name}.from_pretrained({folder!r}{absent})\n{code}"
     base = Path(family.base.folder).name
     shown = example.replace(str(out), ".").replace(family.base.folder, base)  # where they lie here is nobody's business
+    use = f"```python\n{shown}```"
+    if _as_differences(family, to):
+        name, example = "", ""
+        use = f"Copy `models/` into ComfyUI's folder and choose `{path.name}` in *Load LoRA*."
     limits = [f"It belongs to the model it was learned from ({base}); with others it draws something else."]
-    write_card(model, out, f"```python\n{shown}```", [said], limits)
+    write_card(model, out, use, [said], limits)
     return {
         "format": to,
         "path": str(path),
@@ -84,7 +92,7 @@ def _write_files(model: Model, out: Path, to: str) -> tuple[Path, str]:
     tuned, comfy = family.tuned, to == "comfyui"
     if isinstance(tuned, Adapters):
         path = out / "models" / "loras" / f"{out.name}.safetensors" if comfy else out / LORA
-        _folder.write_tensors(path, kohya_tensors(family) if comfy else lora_tensors(family))
+        _folder.write_tensors(path, comfyui_tensors(family) if comfy else lora_tensors(family))
         return path, f"pipeline.load_lora_weights({str(path.parent)!r}, weight_name={path.name!r})\n"
     if isinstance(tuned, NewWord):
         path = out / "models" / "embeddings" / f"{out.name}.safetensors" if comfy else out / WORD
@@ -102,10 +110,12 @@ def _write_files(model: Model, out: Path, to: str) -> tuple[Path, str]:
 
 def _proof(family: Any, prompts: Sequence[str], path: Path, out: Path, to: str) -> tuple[float, str]:
     """The difference, and what was compared."""
-    tuned = family.tuned
-    if to == "comfyui" and family.base.kind != "sd3" and isinstance(tuned, Adapters) and tuned.lengths:
-        difference = _merged_difference(family, path)  # diffusers reads no lengths under these names
-        return difference, f"Changed by ComfyUI's rule, layers answer as ours do, but for {difference:.2g}."
+    if _as_differences(family, to):
+        difference = _merged_difference(family, path)
+        return difference, (
+            "ComfyUI adds it to the weights of layers, which then answer as ours do, but for "
+            f"{difference:.2g}; it was not started for this."
+        )
     difference = _difference(family, prompts, path, out)
     same = f"{PIPELINES[family.base.kind]} draws with it what the model draws: with equal noise, {STEPS} steps and "
     return difference, f"{same}guidance {SCALE:g}, pixels in [0, 1] differ by at most {difference:.2g}."
@@ -126,27 +136,39 @@ def lora_tensors(family: Any) -> dict[str, Tensor]:
     return found
 
 
-def kohya_tensors(family: Any) -> dict[str, Tensor]:
-    """Changes of layers under the names of kohya's scripts.
-
-    Raises:
-        UsageError: these have none for Stable Diffusion 3; ComfyUI reads diffusers' there.
-    """
+def comfyui_tensors(family: Any) -> dict[str, Tensor]:
+    """Changes of layers under names that ComfyUI reads: kohya's, and diffusers' for Stable Diffusion 3."""
+    if family.tuned.lengths:
+        return {f"{_comfyui_name(family.base, key)}.diff": found for key, found in _differences(family).items()}
     if family.base.kind == "sd3":
         return lora_tensors(family)
-    several = family.base.kind == "sdxl"
     found: dict[str, Tensor] = {}
-    places = {"denoiser": "lora_unet", "text": "lora_te1" if several else "lora_te", "text_2": "lora_te2"}
     for key, part in _parts(family):
-        network, layer = key.split(".", 1)
-        inside = layer if network == "denoiser" else f"text_model.{layer.removeprefix('text_model.')}"
-        name = f"{places[network]}_{inside.replace('.', '_')}"
-        rank = len(part.down)
+        name = _comfyui_name(family.base, key)
         found |= {f"{name}.lora_down.weight": part.down, f"{name}.lora_up.weight": part.up}
-        found[f"{name}.alpha"] = torch.tensor(part.scale * rank)
-        if part.length is not None:
-            found[f"{name}.dora_scale"] = part.length[:, None]
+        found[f"{name}.alpha"] = torch.tensor(part.scale * len(part.down))
     return found
+
+
+def _comfyui_name(base: Any, key: str) -> str:
+    network, layer = key.split(".", 1)
+    if base.kind == "sd3":
+        return f"{_diffusers_name(base, network)}.{layer}"
+    places = {"denoiser": "lora_unet", "text": "lora_te1" if base.kind == "sdxl" else "lora_te", "text_2": "lora_te2"}
+    inside = layer if network == "denoiser" else f"text_model.{layer.removeprefix('text_model.')}"
+    return f"{places[network]}_{inside.replace('.', '_')}"
+
+
+@torch.no_grad()
+def _differences(family: Any) -> dict[str, Tensor]:
+    """W' - W by layer."""
+    layers = {key: _layer(family, key) for key, _ in _parts(family)}
+    return {key: part.merged(layers[key]) - layers[key].weight for key, part in _parts(family)}
+
+
+def _layer(family: Any, key: str) -> Any:
+    network, name = key.split(".", 1)
+    return family.base.networks()[network].get_submodule(name)
 
 
 def word_tensors(word: NewWord) -> dict[str, Tensor]:
@@ -167,6 +189,11 @@ def _word_example(word: NewWord, path: Path) -> str:
             f"text_encoder=pipeline.text_encoder{number}, tokenizer=pipeline.tokenizer{number})"
         )
     return "\n".join(lines) + "\n"
+
+
+def _as_differences(family: Any, to: str) -> bool:
+    """Whether the file holds differences of whole weights, which ComfyUI alone reads."""
+    return to == "comfyui" and isinstance(family.tuned, Adapters) and family.tuned.lengths
 
 
 def _parts(family: Any) -> list[tuple[str, LowRank]]:
@@ -210,24 +237,14 @@ def _difference(family: Any, known: Sequence[str], path: Path, out: Path) -> flo
 
 @torch.no_grad()
 def _merged_difference(family: Any, path: Path) -> float:
-    """Largest difference of what changed layers answer to random numbers, ours and those that ComfyUI makes of a file:
-
-    W' = d (W + (alpha / r) B A) / |W + (alpha / r) B A|, row by row, with d the file's `dora_scale`.
-    """
+    """Largest difference of what changed layers answer to random numbers, ours and those with W + `LAYER.diff`."""
     tensors, worst = load_file(path), 0.0
+    family.base.added = {}  # the layer as it was
     for key, part in _parts(family):
-        network, name = key.split(".", 1)
-        layer = family.base.networks()[network].get_submodule(name)
-        begin = f"lora_unet_{name.replace('.', '_')}"
-        down, up, alpha, length = (
-            tensors[f"{begin}.{end}"] for end in ("lora_down.weight", "lora_up.weight", "alpha", "dora_scale")
-        )
-        weight = layer.weight + alpha / len(down) * up @ down
-        weight = weight * (length / weight.norm(dim=1, keepdim=True))
+        layer = _layer(family, key)
+        weight = layer.weight + tensors[f"{_comfyui_name(family.base, key)}.diff"]
         x = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(0))
-        family.base.added = {}
-        ours = part(x, layer(x), layer)
-        worst = max(worst, _folder.apart(ours, nn.functional.linear(x, weight, layer.bias)))
+        worst = max(worst, _folder.apart(part(x, layer(x), layer), nn.functional.linear(x, weight, layer.bias)))
     return worst
 
 

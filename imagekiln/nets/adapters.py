@@ -53,6 +53,11 @@ class LowRank(nn.Module):
         changed = (plain + change) * (self.length / row_norm)
         return changed if layer.bias is None else changed + layer.bias
 
+    def merged(self, layer: nn.Linear) -> Tensor:
+        """Weights (out, in) with which a layer answers as the changed one does."""
+        weight = layer.weight + self.scale * (self.up @ self.down)
+        return weight if self.length is None else weight * (self.length / weight.norm(dim=1))[:, None]
+
 
 class Adapters(nn.Module):
     """Low-rank changes of the layers of some networks of a pretrained model.

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from pretrained_folder import write_base
+from safetensors.torch import load_file
 
 import imagekiln
 from imagekiln.core import Batch, Condition, Progress, seeded_noise
@@ -119,6 +120,7 @@ def test_changes_are_those_of_the_changed_weights(bias: bool, lengths: bool):
         weight = part.length[:, None] * weight / weight.norm(dim=1, keepdim=True)
     wanted = torch.nn.functional.linear(x, weight, layer.bias)
     assert torch.allclose(part(x, layer(x), layer), wanted, atol=1e-12)
+    assert torch.allclose(part.merged(layer), weight, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -219,6 +221,33 @@ def test_a_base_whose_steps_end_in_noise_alone_draws_as_its_pipeline(bases, phot
     path.write_text(json.dumps(config))
     run = trained({"sd1": base}, photos, tmp_path / "run", "sd1", "word")
     assert imagekiln.export(run, "diffusers", tmp_path / "out")["difference"] <= 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_comfyui_is_given_what_a_dora_changes_weights_by(bases, photos, tmp_path, kind: str):
+    """Of full rank, as lengths scale all of W; added to stock layers, the denoiser answers as ours does."""
+    run = trained(bases, photos, tmp_path / "run", kind, "dora")
+    receipt = imagekiln.export(run, "comfyui", tmp_path / "comfy")
+    assert receipt["difference"] <= 1e-5 and not receipt["pipeline"] and not receipt["call"]
+    assert "from diffusers" not in (tmp_path / "comfy" / "README.md").read_text()
+    file = load_file(receipt["path"])
+    ours = open_model(run, device="cpu").family
+    stock = pretrained.Pretrained(str(bases[kind])).networks()["denoiser"]
+    changed = {name: weight.clone() for name, weight in stock.state_dict().items()}
+    ranks = []
+    for name in [name for name in changed if name.endswith(".weight")]:
+        layer = name.removesuffix(".weight")
+        known = f"transformer.{layer}" if kind == "sd3" else f"lora_unet_{layer.replace('.', '_')}"
+        if (difference := file.pop(f"{known}.diff", None)) is not None:
+            ranks.append(int(torch.linalg.matrix_rank(difference)))
+            changed[name] += difference
+    assert max(ranks) > ours.config.rank
+    assert not file, "ComfyUI passes over names that it does not know"
+    x, tokens = torch.randn(2, *ours.image_shape), ours.read(["a <new> cat", "a dog"])
+    wanted = ours.denoiser(tokens)(x, torch.tensor([0.5, 2.0]))
+    ours.base.networks()["denoiser"].load_state_dict(changed)
+    ours.tuned = torch.nn.ModuleDict()
+    assert torch.allclose(ours.denoiser(tokens)(x, torch.tensor([0.5, 2.0])), wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
