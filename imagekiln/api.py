@@ -11,6 +11,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -421,6 +422,7 @@ def _meta(recipe: Recipe, dataset: datasets.Dataset) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": device.describe(device.choose(recipe.train.device)),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": " ".join(["imagekiln", *sys.argv[1:]]) if sys.argv[0].endswith("imagekiln") else "python",
         "data_fingerprint": dataset.fingerprint,
         "data_summary": dataset.summary(),

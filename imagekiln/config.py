@@ -169,7 +169,9 @@ class TrainConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="decay of lr after warm-up")
     warmup_fraction: Fraction = Field(0.02, description="share of the run in which lr rises to its peak")
     end_lr_ratio: Fraction = Field(0.0, description="lr at the end of the run over its peak (linear, cosine)")
-    averages: tuple[AverageConfig, ...] = Field((AverageConfig(),), min_length=1, description="the first one draws")
+    averages: tuple[AverageConfig, ...] = Field(
+        (AverageConfig(),), min_length=1, description="moving averages of the weights; the first one draws previews"
+    )
     checkpoint_kimg: float = Field(0.0, ge=0, description="0 = an eighth of the run")
     preview_kimg: float = Field(0.0, ge=0, description="0 = a sixteenth of the run")
     validate_kimg: float = Field(0.0, ge=0, description="0 = a sixteenth of the run")

@@ -16,7 +16,7 @@ def compare(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show runs side by side: settings that differ, speed, and measurements."""
+    """Show runs side by side: speed, and measurements with what may be ranked."""
     from imagekiln import api
     from imagekiln.engine.compare import comparison_table, side_by_side
 

@@ -15,7 +15,7 @@ from imagekiln.errors import UsageError
 
 UNKNOWN_ERROR_EXIT = 1
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")]
 RunArgument = Annotated[Path, typer.Argument(help="Run folder.")]
 NimgOption = Annotated[int | None, typer.Option("--nimg", help="Weights after that many images.")]

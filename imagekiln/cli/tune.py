@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -57,6 +58,16 @@ def tune(
         progress=progress("Reading pictures"),
     )
     winner = next(row for row in found.rows if row.name == found.winner)
-    best = " ".join(f"--set {key}={value}" for key, value in winner.settings.items())
-    text = f"{tuning.table(found)}\nNext: imagekiln train {recipe} --data {data} {best}"
+    length = [] if kimg is None else [f"train.total_kimg={kimg:g}"]
+    wanted = [*assignments, *length, *(f"{key}={value}" for key, value in winner.settings.items())]
+    text = f"{tuning.table(found)}\nNext: {_command(recipe, data, wanted)}"
     answer(text, found.to_json(), as_json)
+
+
+def _command(recipe: str, data: str, settings: Sequence[str]) -> str:
+    """What trains with these settings, as a shell reads it.
+
+    >>> _command("vae", "my photos", ["train.batch=16"])
+    "imagekiln train vae --data 'my photos' --set=train.batch=16"
+    """
+    return shlex.join(["imagekiln", "train", recipe, "--data", data, *(f"--set={one}" for one in settings)])

@@ -58,11 +58,10 @@ class Distillation(Section):
                 f"family.distillation.levels = {list(self.levels)}: expected falling noise levels above 0, for example "
                 "[160, 1]."
             )
-
         if drawing.steps > len(self.levels):
             raise RecipeError(
-                f"family.sample.steps = {drawing.steps}: with a teacher it learns to draw from {len(self.levels)} noise "
-                "levels (family.distillation.levels). Set as many steps, or fewer."
+                f"family.sample.steps = {drawing.steps}: with a teacher it learns to draw from {len(self.levels)} "
+                "noise levels (family.distillation.levels). Set as many steps, or fewer."
             )
         if not _as_learned(drawing):
             raise RecipeError(

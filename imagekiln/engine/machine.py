@@ -6,13 +6,13 @@ import importlib.util
 import os
 import platform
 import shutil
-import tempfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from imagekiln.data import cache_folder
 from imagekiln.engine import device
 from imagekiln.nets.layers import fused_norm_available
 
@@ -61,8 +61,9 @@ def _torchvision() -> Finding:
 
 
 def _cache_folder() -> Finding:
-    folder = Path(os.environ.get("IMAGEKILN_CACHE") or tempfile.gettempdir())
-    writable = os.access(folder if folder.exists() else folder.parent, os.W_OK)
+    folder = cache_folder()
+    there = next(one for one in (folder, *folder.parents) if one.exists())
+    writable = os.access(there, os.W_OK)
     return Finding("cache", writable, f"{folder} {'can' if writable else 'cannot'} be written")
 
 

@@ -72,7 +72,7 @@ class FineTuneConfig(FamilyConfig):
     method: Literal["lora", "dora", "full", "word"] = Field("lora", description="what is learned")
     rank: int = Field(16, ge=1, le=1024, description="rank of the changes (lora, dora)")
     alpha: float = Field(16.0, gt=0, description="changes are multiplied by alpha / rank (lora, dora)")
-    train_text: bool = Field(False, description="also change the CLIP text encoders (lora, dora, full)")
+    train_text: bool = Field(False, description="also change the CLIP text encoders (lora, full)")
     word: Word = Word()
     prior: Prior = Prior()
     text_dropout: Fraction = Field(0.05, description="share of captions hidden in training")

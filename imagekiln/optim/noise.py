@@ -10,7 +10,7 @@ coincide nor run behind one another. Two laws are made of these bits:
                 z = a u + b u^3 + c u^5,  u uniform on (-1, 1), with a, b, c such that E z^2, z^4, z^6 are 1, 3, 15
 
 A scheme of weak order one, which all samplers here are at least, needs no more than the first three moments (Kloeden
-and Platen 1992, chapter 14): "matched" gives the same stationary variances for a third of the time. Its numbers are
+and Platen 1992, chapter 14): "matched" gives the same stationary variances in less time. Its numbers are
 bounded by 2.83, so it is not the law to draw initial weights or pictures from.
 
 Nothing has to be saved for an exact continuation, noise of the past can be made again, and an element gets the same
