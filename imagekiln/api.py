@@ -42,6 +42,9 @@ from imagekiln.engine.trainer import Trainer
 from imagekiln.errors import ImagekilnError, RecipeError, UsageError
 from imagekiln.report import prepared as prepared_page
 
+_PUBLISHED = {"size", "channels", "fit", "background", "buckets", "validation_fraction"}
+"""Settings of `prepare` that a published set takes."""
+
 Report = Callable[[int, int], None]
 """Told (done, total) now and then during long work."""
 
@@ -95,10 +98,11 @@ def prepare(
     propagate: confidence from which a label that classifiers of the labelled pictures propose for an unlabelled one is
         accepted, for example 0.95; `proposals.csv` lists them all. say: is told what is going on meanwhile.
     assignments: settings as text, such as `clean.min_side=32`; settings: fields of `PrepareConfig`, such as `size=64`.
-    report: write `report.html` beside the set.
+    report: write `report.html` beside the set; a published set, which is packed as it is, has none.
 
     Raises:
-        DataError: no usable picture. UsageError: no such source, file or setting. DiskError: `out` cannot be written.
+        DataError: no usable picture. DiskError: `out` cannot be written.
+        UsageError: no such source, file or setting, or one that does not apply to a published set.
     """
     named = [source] if isinstance(source, str | Path) else list(source or [])
     sources, folder = [str(one) for one in named], Path(out)
@@ -106,9 +110,8 @@ def prepare(
     config = parse(datasets.PrepareConfig, override(merge(before, settings), assignments), "prepare")
     known = datasets.published(sources[0]) if len(sources) == 1 else None
     if known is not None:
-        kept = {"size", "channels", "fit", "background", "buckets", "validation_fraction"}
-        shaping = config.model_dump(include=kept)
-        return datasets.write_published(*known, DataConfig(**shaping), folder)
+        _require_applicable(sources[0], config, {"restore": restore, "drop": drop, "propagate": propagate is not None})
+        return datasets.write_published(*known, DataConfig(**config.model_dump(include=_PUBLISHED)), folder)
     edits = datasets.Edits(tuple(restore), tuple(drop))
     prepared = datasets.prepare(sources, folder, config, edits=edits, progress=progress)
     if propagate is not None:
@@ -118,6 +121,17 @@ def prepare(
         prepared_page.write(prepared, page)
     del prepared  # what a set of 100,000 pictures is told by twice would be felt
     return datasets.load(DataConfig(path=str(folder), buckets=config.buckets))
+
+
+def _require_applicable(source: str, config: datasets.PrepareConfig, asked: Mapping[str, object]) -> None:
+    """Raises `UsageError` for what cannot be done to a published set: decisions that are asked for, other settings."""
+    plain = datasets.PrepareConfig().model_dump(exclude=_PUBLISHED)
+    settings = [name for name, value in config.model_dump(exclude=_PUBLISHED).items() if value != plain[name]]
+    if given := [*(name for name, wanted in asked.items() if wanted), *settings]:
+        raise UsageError(
+            f"{source} is a published set, which is packed as it is, and does not take {', '.join(given)}. Leave "
+            f"{'it' if len(given) == 1 else 'them'} out."
+        )
 
 
 def _with_proposed_labels(

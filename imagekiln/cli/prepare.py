@@ -22,6 +22,9 @@ RepairOption = Annotated[
 BucketsOption = Annotated[
     bool, typer.Option("--buckets", help="Also keep pictures in their own proportions, for data.buckets.")
 ]
+ReportOption = Annotated[
+    bool, typer.Option("--report/--no-report", help="Write report.html beside the set; published sets have none.")
+]
 
 
 def prepare(
@@ -49,7 +52,7 @@ def prepare(
     ] = None,
     show: Annotated[Path | None, typer.Option("--show", help="Also write a first batch as pictures here.")] = None,
     shards: Annotated[Path | None, typer.Option("--shards", help="Also write WebDataset shards here.")] = None,
-    report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html beside the set.")] = True,
+    report: ReportOption = True,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import imagekiln
 from imagekiln.config import DataConfig
 from imagekiln.data import Dataset, cache_folder, load, open_own, published, write_published, write_shards
 from imagekiln.data.source import digest, split
@@ -348,6 +349,20 @@ def test_a_published_set_is_packed_into_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not an empty folder"):
         write_published(*known, data, tmp_path / "out")
     assert published(str(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"drop": ["000001"], "restore": ["000002"], "propagate": 0.9}, "restore, drop, propagate. Leave them out"),
+        ({"assignments": ["clean.min_side=32"]}, "does not take clean. Leave it out"),
+        ({"test_fraction": 0.1, "frames": "all"}, "frames, test_fraction. Leave them"),
+    ],
+)
+def test_what_a_published_set_does_not_take_is_refused(tmp_path: Path, asked: dict, named: str) -> None:
+    with pytest.raises(UsageError, match=f"builtin:digits is a published set, which is packed as it is.*{named}"):
+        imagekiln.prepare("builtin:digits", tmp_path / "set", **asked)
+    assert not (tmp_path / "set").exists()
 
 
 def test_a_published_test_split_survives_preparing(tmp_path: Path) -> None:
