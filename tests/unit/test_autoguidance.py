@@ -75,7 +75,8 @@ def test_pictures_and_measurements_can_be_guided(run: Run, early: Path, tmp_path
     second = imagekiln.generate(run, 2, tmp_path / "by-weaker", guide=early)
     assert _pixels(first.pictures[0]).tolist() != _pixels(second.pictures[0]).tolist()
     imagekiln.evaluate(run, n=20, features="randconv", metrics="frechet", guide=early)
-    assert run.measurements()[-1]["options"] == {"guide": str(early)}
+    options = {row["metric"]: row["options"] for row in run.measurements()}
+    assert options["frechet"] == {"guide": str(early)} and options["mse"] == {}, "given back is without a guide"
 
 
 def test_who_may_not_guide(run: Run, tmp_path: Path) -> None:
