@@ -426,9 +426,9 @@ class Trainer:
             tensors = self.inference_twin(name)
             prompts = examples(self.family, self.validation.source)
             save_weights(self.run.weights_path(self.state.nimg, name), tensors, self.recipe, self.train_source, prompts)
-        # The best moment of every checkpoint, because the training may go back to it.
-        kept = {self.state.nimg, *checkpoint.noted(self.run.checkpoints, "best_nimg")}
-        kept |= set() if self.state.best_nimg is None else {self.state.best_nimg}
+        kept = {self.state.nimg} | ({self.state.best_nimg} if self.state.best_nimg is not None else set())
+        if self.state.nimg < self.total_nimg:  # the training may go back to a checkpoint and its best moment
+            kept |= checkpoint.noted(self.run.checkpoints, "best_nimg")
         self.run.prune_weights(kept, [round(1000 * kimg) for kimg in self.config.keep_kimg])
         self._status("training")
 
