@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from imagekiln.diffusion.paths import TIME_SCALE, Path
+from imagekiln.diffusion.paths import TIME_SCALE, Path, exact
 
 EDM_MEAN, EDM_STD = -0.51, 1.2
 """EDM's density for pictures in [-1, 1]: its P_mean of -1.2 plus ln 2, because its data has standard deviation 1/2."""
@@ -53,8 +53,8 @@ def log_normal(uniform_B: Tensor, mean: float = EDM_MEAN, std: float = EDM_STD) 
     >>> log_normal(torch.tensor([0.5]), mean=0.0).tolist()
     [1.0]
     """
-    normal_B = torch.special.ndtri(uniform_B.double().clamp(_MARGIN, 1 - _MARGIN))
-    return torch.exp(mean + std * normal_B).to(uniform_B.dtype)
+    normal_B = torch.special.ndtri(exact(uniform_B).clamp(_MARGIN, 1 - _MARGIN))
+    return torch.exp(mean + std * normal_B).to(uniform_B)
 
 
 def uniform_time(uniform_B: Tensor, path: Path) -> Tensor:
@@ -63,4 +63,4 @@ def uniform_time(uniform_B: Tensor, path: Path) -> Tensor:
     On RF that is t uniform in (0, 1) (Liu et al. 2023); on VP the cosine schedule (Nichol and Dhariwal 2021). The ends
     are kept 1/10000 away, where sigma is 0 or infinite.
     """
-    return path.sigma(TIME_SCALE * uniform_B.double().clamp(1e-4, 1 - 1e-4)).to(uniform_B.dtype)
+    return path.sigma(TIME_SCALE * exact(uniform_B).clamp(1e-4, 1 - 1e-4)).to(uniform_B)

@@ -38,6 +38,11 @@ def expand(sigma_B: Tensor, like: Tensor) -> Tensor:
     return sigma_B.reshape(-1, *[1] * (like.ndim - 1))
 
 
+def exact(numbers: Tensor) -> Tensor:
+    """The same numbers in float64: where they are, or on the CPU for a device without it (MPS)."""
+    return (numbers.cpu() if numbers.device.type == "mps" else numbers).double()
+
+
 class Path(ABC):
     """How signal fades into noise. Stateless; `path(name)` finds the two by name, `VP` and `RF`.
 
@@ -150,13 +155,14 @@ class SteppedVP(VP):
 
     def time(self, sigma: Tensor) -> Tensor:
         """The step whose ln sigma is nearest: the network has only seen whole ones."""
-        edges = (self.sigma_T[:-1] * self.sigma_T[1:]).sqrt().to(sigma.device)
-        return torch.bucketize(sigma.double().contiguous(), edges).to(sigma.dtype)
+        levels = exact(sigma).contiguous()
+        edges = (self.sigma_T[:-1] * self.sigma_T[1:]).sqrt().to(levels.device)
+        return torch.bucketize(levels, edges).to(sigma)
 
     def sigma(self, time: Tensor) -> Tensor:
         """time: in steps; a fraction is cut off."""
         step = time.long().clamp(0, len(self.sigma_T) - 1)
-        return self.sigma_T.to(time.device)[step].to(time.dtype)
+        return self.sigma_T.to(time)[step]
 
 
 class RF(Path):

@@ -6,9 +6,12 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from imagekiln.diffusion.densities import log_normal, stratified, uniform_time
-from imagekiln.diffusion.paths import path
+from imagekiln.diffusion.paths import SteppedVP, path
 
 
 def grid(n: int = 100_000) -> torch.Tensor:
@@ -62,3 +65,23 @@ def test_stratification_lowers_the_variance_of_a_batch_mean():
     plain, low = (log_normal(u, 0.0, 1.0).log().mean(1).std().item() for u in (independent, spread))
     assert plain == pytest.approx(1 / math.sqrt(64), rel=0.1)
     assert low**2 < plain**2 / 16
+
+
+class NoFloat64(TorchDispatchMode):
+    """What MPS refuses: float64 there."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            refused = isinstance(tensor, torch.Tensor) and tensor.device.type == "mps" and tensor.dtype == torch.float64
+            assert not refused, func
+        return made
+
+
+def test_devices_without_float64_get_float32():
+    """Tensors without numbers stand for those of MPS."""
+    with FakeTensorMode(), NoFloat64():
+        stepped, uniform_B = SteppedVP(torch.full((20,), 0.1)), torch.rand(4, device="mps")
+        made = [log_normal(uniform_B), uniform_time(uniform_B, path("vp")), uniform_time(uniform_B, path("rf"))]
+        made.append(stepped.time(uniform_B))
+    assert {(tensor.device.type, tensor.dtype) for tensor in made} == {("mps", torch.float32)}
