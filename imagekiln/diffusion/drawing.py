@@ -16,12 +16,18 @@ from imagekiln.diffusion.paths import Path
 NO_LIMIT = 1e9
 """Stands for infinity, which JSON cannot write."""
 
+SPACINGS = {"edm": samplers.sigmas, "even": samplers.even_sigmas}
+"""Grids of noise levels, from the same highest one."""
+
 
 class Drawing(Section):
     """How pictures are drawn."""
 
     sampler: Literal["dpmpp_2m", "heun", "euler", "ddim"] = "dpmpp_2m"
     steps: int = Field(18, ge=1, le=1000)
+    spacing: Literal["edm", "even"] = Field(
+        "edm", description="of noise levels: closer where there is little noise, or even in the time of a flow"
+    )
     guidance: float = Field(1.0, ge=0, le=20, description="1 = none; larger follows what is asked for more closely")
     guidance_low: float = Field(0.0, ge=0, description="guide only where the noise level is above this")
     guidance_high: float = Field(NO_LIMIT, gt=0, description="and not above this")
@@ -47,7 +53,7 @@ def draw(
 ) -> Tensor:
     """Pictures of noise, of its shape. weaker: what guidance turns away from; None = nothing to guide by.
 
-    rescale: see `guidance.rescaled`. grid: noise levels that are stepped through; None = those of EDM.
+    rescale: see `guidance.rescaled`. grid: noise levels that are stepped through; None = those of `settings.spacing`.
     start, keep: of `core.Condition`; with a start only the last `strength` of the steps are taken, from there.
 
     >>> from imagekiln.diffusion.paths import RF
@@ -56,7 +62,7 @@ def draw(
             [1., 1., 1.]])
     """
     denoise = guided_by(settings, denoise, weaker, rescale)
-    levels = samplers.sigmas(settings.steps) if grid is None else grid
+    levels = SPACINGS[settings.spacing](settings.steps) if grid is None else grid
     if start is not None:
         levels = levels[settings.steps - max(1, round(settings.strength * settings.steps)) :]
         noise = noise + start / float(levels[0])  # b (eps + x / sigma) = a x + b eps

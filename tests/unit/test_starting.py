@@ -12,6 +12,7 @@ from PIL import Image
 import imagekiln
 from imagekiln.diffusion.drawing import Drawing, draw
 from imagekiln.diffusion.paths import RF, VP
+from imagekiln.diffusion.samplers import even_sigmas, sigmas
 from imagekiln.engine.run import Run
 from imagekiln.errors import DataError, UsageError
 
@@ -27,6 +28,18 @@ def towards(goal: torch.Tensor, spread: float, path):
         return (spread**2 * y + noise * goal) / (spread**2 + noise)
 
     return denoise
+
+
+@pytest.mark.parametrize(("spacing", "grid"), [("edm", sigmas(5)), ("even", even_sigmas(5))])
+def test_levels_are_spaced_as_asked(spacing, grid) -> None:
+    seen: list[float] = []
+
+    def denoise(z, sigma_B):
+        seen.append(float(sigma_B[0]))
+        return torch.zeros_like(z)
+
+    draw(torch.randn(2, 3), RF(), Drawing(steps=5, spacing=spacing), denoise)
+    assert seen == pytest.approx(grid[:-1].tolist())
 
 
 @pytest.mark.parametrize("path", [VP(), RF()])
