@@ -393,10 +393,10 @@ def _sampling(look: _Look, say: Say) -> tuple[list[Sampled], list[Sheet]]:
     for name, steps in ways:
         try:
             options = options_for(model.family, {"steps": steps, "sampler": name or None})
+            say(f"Drawing {len(labels)} pictures with {steps} steps{f' of {name}' if name else ''}.")
+            images = look.drawn(model, "evaluate", labels, options)
         except UsageError:  # more steps than the family allows, or not with this sampler
             continue
-        say(f"Drawing {len(labels)} pictures with {steps} steps{f' of {name}' if name else ''}.")
-        images = look.drawn(model, "evaluate", labels, options)
         best = images if best is None else best
         rough = interval(KernelDistance(), Statistics.of(_features(look.bench, images)), real, seed=look.bench.seed)
         distance = Estimate(rough.value, rough.low, rough.high)

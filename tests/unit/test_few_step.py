@@ -21,6 +21,8 @@ from imagekiln.diffusion import distillation, paths, samplers
 from imagekiln.diffusion.distillation import Distillation, Lesson
 from imagekiln.diffusion.drawing import Drawing
 from imagekiln.engine import recipe as recipes
+from imagekiln.engine import stability as looking
+from imagekiln.engine.bench import Bench
 from imagekiln.engine.generate import asked_for, pictured
 from imagekiln.engine.inputs import begin
 from imagekiln.engine.models import open_model
@@ -238,6 +240,16 @@ def test_a_student_comes_closer_to_its_teacher(family: str, trained: dict[str, R
     recipe = read_toml(student.recipe_path)
     assert recipe["family"]["teacher"] == recipe["train"]["start"] == str(trained[family].path)
     assert recipe["data"]["path"] == "builtin:digits"
+
+
+def test_a_student_is_looked_at_in_the_ways_it_can_draw(trained: dict[str, Run], tmp_path: Path) -> None:
+    student = learn(trained["diffusion"], tmp_path / "student")
+    recipe = recipes.complete(read_toml(student.recipe_path))
+    bench = Bench(datasets.load(recipe.data), "randconv", seed=0, say=print, subject_hash="")
+    look = looking._Look(student, recipe, "student", (), bench, bench, count=40)
+    look.model = open_model(student)
+    found, _ = looking._sampling(look, lambda sentence: None)
+    assert {(one.sampler, one.steps) for one in found} == {("euler", 1), ("euler", 2), ("ddim", 2)}
 
 
 @pytest.mark.parametrize("family", ["diffusion", "stable_diffusion"])
