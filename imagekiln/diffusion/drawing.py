@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -16,7 +17,7 @@ from imagekiln.diffusion.paths import Path
 NO_LIMIT = 1e9
 """Stands for infinity, which JSON cannot write."""
 
-SPACINGS = {"edm": samplers.sigmas, "even": samplers.even_sigmas}
+SPACINGS: dict[str, Callable[[int], Tensor]] = {"edm": samplers.sigmas, "even": samplers.even_sigmas}
 """Grids of noise levels, from the same highest one."""
 
 
