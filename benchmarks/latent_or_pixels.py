@@ -118,6 +118,7 @@ def parser() -> argparse.ArgumentParser:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting laid over all presets")
     add("--n", type=int, default=5000, help="pictures drawn by each, at most as many as are held out (5000)")
     add("--features", default="auto", help="where pictures are compared, as `evaluate --features` takes it (auto)")
+    add("--metrics", default="default", help="what is measured, as `evaluate --metrics` takes it (default)")
     add("--train-only", action="store_true", help="measure nothing")
     add("--skip-train", action="store_true", help="only measure what has been trained before")
     add("--record", action="store_true", help="also write a record under records/")
@@ -358,7 +359,7 @@ def work(options: argparse.Namespace) -> Path | None:
             train(options, arm, seed, dataset, coder)
     if options.train_only:
         return None
-    bench = Bench(dataset, options.features, 0, command.say, "")
+    bench = Bench(dataset, options.features, 0, command.say, "", metrics=options.metrics)
     found: dict[str, dict[int, dict[str, Any]]] = {}
     left_out = []
     for seed in options.seeds:
