@@ -161,10 +161,12 @@ def test_an_autoencoder_is_measured_by_what_it_gives_back(photos: Path, tmp_path
     family = {"width": 8, "factor": 2, "adversarial_weight": 0}
     settings = {"total_kimg": 0.032, "batch": 8, "doctor": "off", "preview_kimg": 0.016}
     run = imagekiln.train(made(photos, "autoencoder", family=family, train=settings), data=photos, out=tmp_path / "run")
-    found = {row.metric for row in imagekiln.evaluate(run, n=40, features="randconv")}
+    found = {row.metric for row in imagekiln.evaluate(run, features="randconv")}
     assert {"mse", "mae", "psnr"} <= found
     assert not {"frechet", "coverage", "copy_ratio"} & found, "it draws nothing of its own"
     assert len(list((run.path / "samples").glob("*.png"))) >= 2, "shown in pairs while it trains"
+    with pytest.raises(UsageError, match=r"-n: .* measured without drawing"):
+        imagekiln.evaluate(run, n=40)
 
 
 # -- captions ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -241,7 +242,8 @@ def test_the_verb_prints_a_table_and_the_command_to_go_on_with(tmp_path: Path) -
     ended = CliRunner().invoke(app, command)
     assert ended.exit_code == 0, ended.output
     assert "D = 0" in ended.stdout and "validation/classify, lower is better" in ended.stdout
-    assert f"imagekiln train classifier --data builtin:digits --set {HEAT}=" in ended.stdout
+    anew = [f"--set={one}" for one in [*SMALL, "train.validate_kimg=0.1", "train.total_kimg=0.1", f"{HEAT}="]]
+    assert f"imagekiln train classifier --data builtin:digits {shlex.join(anew)}" in ended.stdout, "all that it took"
     again = CliRunner().invoke(app, [*command, "--json"])
     found = json.loads(again.stdout)
     assert {row["name"] for row in found["rows"]} == {"temperature-0", "temperature-1000"} and len(found["seeds"]) == 2
