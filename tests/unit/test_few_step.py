@@ -364,7 +364,9 @@ def test_the_benchmark_from_end_to_end(trained: dict[str, Run], tmp_path: Path) 
     assert benchmark.main(given) == 0
     record = json.loads(next(tmp_path.glob("few-step-*.json")).read_text())
     rows = {row["what"]: row["value"] for row in record["rows"]}
+    assert benchmark.way("3:dpmpp_2m:edm") == {"steps": 3, "sampler": "dpmpp_2m", "spacing": "edm"}
     distances = [rows[f"{who}, frechet"] for who in ("student, 2 steps", "teacher, 4 steps")]
+    assert rows["teacher, 4 even steps of euler, frechet"] not in distances
     assert rows["student in 2 / teacher in 4"] == pytest.approx(distances[0] / distances[1])
     assert (tmp_path / "few-step.png").is_file()
     assert benchmark.main([*given, "--skip-train", "--seeds", "7"]) == 2
