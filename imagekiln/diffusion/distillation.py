@@ -1,6 +1,6 @@
 r"""Drawing in one step or two: a student learns to land at once where its teacher arrives after many steps.
 
-The student begins with the teacher's weights. From noise its own steps lead it to one of a few noise levels, there it
+The student begins with the teacher's weights. From noise its own steps lead it to one of a few noise levels; there it
 answers with a picture y, and y is compared with the end x of the teacher's guided path from the same point z,
 
   sqrt(mean (y - x)^2 + c),   c = `FLOOR`,
@@ -87,8 +87,12 @@ class Distillation(Section):
                 f"sampler {drawing.sampler!r}: this model learned to draw in Euler steps. Ask for euler, or draw with "
                 "its teacher."
             )
-        chosen = [self.levels[place * len(self.levels) // steps] for place in range(steps)]
-        return torch.tensor([*chosen, 0.0], dtype=torch.float64)
+        return torch.tensor([*visited(self.levels, steps), 0.0], dtype=torch.float64)
+
+
+def visited(levels: Sequence[float], steps: int) -> list[float]:
+    """The levels that so many steps begin at, as far apart as they can be: the first, and every n-th."""
+    return [levels[place * len(levels) // steps] for place in range(steps)]
 
 
 def _as_learned(drawing: Drawing) -> bool:
@@ -165,11 +169,13 @@ def held_out(lesson: Lesson, settings: Distillation, path: Path, like: Tensor) -
 def arrived(student: Denoiser, eps: Tensor, levels: Sequence[float], path: Path) -> tuple[Tensor, float]:
     """Where the student's steps from noise lead: z at one of the levels, the same for the batch, and that level.
 
-    Draws the level from torch's global generator on the CPU, so that no step waits for a device.
+    It is on its way in one step, two, ... or as many as there are levels, each as often, and at one of these steps: a
+    level is learned from as often as it is drawn from, the first most of all, which has the longest way to go. Both
+    numbers are of torch's global generator on the CPU, so that no step waits for a device.
     """
-    place = int(torch.randint(len(levels), ()))
-    grid = torch.tensor(levels[: place + 1], dtype=torch.float64)
-    return samplers.euler(student, eps, grid, path), levels[place]
+    steps = 1 + int(torch.randint(len(levels), ()))
+    grid = visited(levels, steps)[: 1 + int(torch.randint(steps, ()))]
+    return samplers.euler(student, eps, torch.tensor(grid, dtype=torch.float64), path), grid[-1]
 
 
 def _at(denoise: Denoiser, z: Tensor, level: float) -> Tensor:

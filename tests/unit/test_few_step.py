@@ -90,13 +90,39 @@ def test_steps_are_as_large_from_every_level(level: float, calls: int) -> None:
 def test_where_the_student_arrives() -> None:
     """A student that always answers 0 leaves b eps at every level; the first is pure noise times its own b."""
     path, eps, found = paths.path("vp"), torch.randn(4, 3), set()
-    for seed in range(12):
+    for seed in range(24):
         torch.manual_seed(seed)
         z, level = distillation.arrived(lambda z, sigma_B: torch.zeros_like(z), eps, (80.0, 1.0), path)
         _, b = path.scales(torch.tensor(level, dtype=torch.float64))
         torch.testing.assert_close(z, (b * eps).float())
         found.add(level)
     assert found == {80.0, 1.0}
+
+
+def test_a_student_is_on_the_ways_that_it_draws_in() -> None:
+    """In 1, 2, 3 or 4 of four levels: the first level in 1 + 1/2 + 1/3 + 1/4 of four draws, the last in 1/4."""
+    settings, on = Distillation(levels=(8.0, 4.0, 2.0, 1.0)), paths.path("rf")
+    ways = {tuple(settings.grid(Drawing(steps=steps, sampler="euler")).tolist()) for steps in (1, 2, 3, 4)}
+    met: list[float] = []
+    torch.manual_seed(0)
+    for _ in range(4000):
+        seen: list[float] = []
+
+        def student(z: Tensor, sigma_B: Tensor, seen: list[float] = seen) -> Tensor:
+            seen.append(float(sigma_B[0]))
+            return z
+
+        _, level = distillation.arrived(student, torch.zeros(1, 1), settings.levels, on)
+        assert any(way[: len(seen) + 1] == (*seen, level) for way in ways)
+        met.append(level)
+    expected = {
+        8.0: (1 + 1 / 2 + 1 / 3 + 1 / 4) / 4,
+        4.0: (1 / 3 + 1 / 4) / 4,
+        2.0: (1 / 2 + 1 / 3 + 1 / 4) / 4,
+        1.0: 1 / 16,
+    }
+    for level, share in expected.items():
+        assert met.count(level) / len(met) == pytest.approx(share, abs=4 * (share / len(met)) ** 0.5)
 
 
 def test_a_student_that_answers_the_goal_has_nothing_to_learn() -> None:
@@ -128,7 +154,8 @@ def test_losses_against_their_formulas() -> None:
 
     lesson = Lesson(student, gaussian(path), judge)
     torch.manual_seed(3)
-    noise, _, one, other = torch.randn_like(x), torch.randint(1, ()), torch.randn_like(x), torch.randn_like(x)
+    noise, _, _ = torch.randn_like(x), torch.randint(1, ()), torch.randint(1, ())
+    one, other = torch.randn_like(x), torch.randn_like(x)
     z = noise * 2 / 3  # b of the flow at sigma 2
     y = 0.3 * z + 0.1
     end = distillation.goal(gaussian(path), z, 2.0, path, 2)
