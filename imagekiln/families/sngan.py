@@ -1,14 +1,15 @@
-"""SNGAN: a residual discriminator with spectrally normalised weights plays the hinge game.
+"""SNGAN: a discriminator with spectrally normalised weights plays the hinge game.
 
 Miyato et al. 2018 (arXiv:1802.05957): five discriminator steps a generator step, Adam 2e-4 with betas 0 and 0.9; with
-labels conditional batch normalisation and projection (Miyato & Koyama 2018, arXiv:1802.05637). The paper's networks are
-generator_width 256 and width 128 at 32 pixels, 64 and 64 above. What differs: the generator's batch is as large as the
-discriminator's; the moving average of the generator draws. For the paper's linear decay set train.schedule.
+labels conditional batch normalisation and projection (Miyato & Koyama 2018, arXiv:1802.05637). The paper's residual
+networks are generator_width 256 and width 128 at 32 pixels, 64 and 64 above; its plain convolutional ones 64 and 64.
+What differs: the generator's batch is as large as the discriminator's; the moving average of the generator draws.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from imagekiln.config import AugmentConfig, FamilyConfig
 from imagekiln.core import Batch, Condition, Family, Loss, Phase, Progress
+from imagekiln.nets import conv_gan, resnet_gan
 from imagekiln.nets.adversarial import hinge_critic, linear_generator
 from imagekiln.nets.augmentation import Augmentation
-from imagekiln.nets.resnet_gan import Discriminator, Generator
 from imagekiln.nets.stabilizers import LeCam
 
 
@@ -29,6 +30,7 @@ class SnganConfig(FamilyConfig):
     z_dim: int = Field(128, ge=1, description="length of the noise vector")
     generator_width: int = Field(16, ge=4, description="generator's channels next to the picture (paper: 256 or 64)")
     width: int = Field(16, ge=4, description="discriminator's channels next to the picture (paper: 128 or 64)")
+    networks: Literal["residual", "convolutional"] = Field("residual", description="which of the paper's networks")
     critic_steps: int = Field(5, ge=1, description="discriminator updates a generator update")
     lecam: float = Field(0.0, ge=0, description="weight of the LeCam penalty (try 0.3); 0 = none")
     augment: AugmentConfig = AugmentConfig()
@@ -51,8 +53,9 @@ class Sngan(Family):
             Phase("discriminator", trains=("discriminator",), repeat=config.critic_steps),
             Phase("generator", trains=("generator",)),
         )
-        self.generator = Generator(config.z_dim, image_shape, config.generator_width, num_classes)
-        self.discriminator = Discriminator(image_shape, config.width, num_classes, spectral=True)
+        nets = resnet_gan if config.networks == "residual" else conv_gan
+        self.generator = nets.Generator(config.z_dim, image_shape, config.generator_width, num_classes)
+        self.discriminator = nets.Discriminator(image_shape, config.width, num_classes, spectral=True)
         self.augment = Augmentation(config.augment, image_shape[0])
         self.lecam = LeCam() if config.lecam else None
 

@@ -192,7 +192,7 @@ def doublings(image_shape: tuple[int, int, int]) -> tuple[int, tuple[int, int]]:
     except RecipeError:
         _, height, width = image_shape
         raise RecipeError(
-            f"A residual GAN cannot draw pictures of {height} x {width} pixels: height and width must be 4, 5, 6 or 7 "
+            f"This GAN cannot draw pictures of {height} x {width} pixels: height and width must be 4, 5, 6 or 7 "
             "doubled equally often. Set data.size to one of 8, 16, 28, 32, 48, 64, 96, 128."
         ) from None
 

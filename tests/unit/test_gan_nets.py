@@ -1,8 +1,9 @@
-"""Residual and fully connected GAN networks: published parameter counts, sizes, labels, spectral normalisation."""
+"""GAN networks, residual, plain and fully connected: published parameter counts, sizes, labels, spectral norms."""
 
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from imagekiln.config import Recipe
 from imagekiln.core import Batch, Progress
 from imagekiln.engine import recipe as recipes
 from imagekiln.errors import RecipeError
-from imagekiln.nets import mlp_gan, resnet_gan
+from imagekiln.nets import conv_gan, mlp_gan, resnet_gan
 
 SHAPES = [(1, 8, 8), (3, 16, 16), (3, 24, 28), (1, 28, 28), (3, 32, 32), (3, 48, 48), (4, 64, 64)]
 
@@ -70,6 +71,14 @@ def test_conditional_counts_are_the_published_ones_and_one_row_a_table(widths, g
     assert (count(nets[0]) - null_rows[0], count(nets[1]) - null_rows[1]) == (generator, critic)
 
 
+def test_counts_of_the_plain_convolutions_are_the_published_ones():
+    """Published with batch normalisation, a gain and a bias for each of 1,408 channels; spectral norms have neither."""
+    shape = (3, 32, 32)
+    assert count(conv_gan.Generator(128, shape, 64)) == 3_812_355
+    assert count(conv_gan.Discriminator(shape, 64, spectral=False)) == 2_931_009
+    assert count(conv_gan.Discriminator(shape, 64)) == 2_931_009 - 2 * 1408
+
+
 def test_counts_of_the_fully_connected_networks():
     width, pixels = 20, 2 * 5 * 7
     generator, critic = mlp_gan.Generator(11, (2, 5, 7), width), mlp_gan.Discriminator((2, 5, 7), width)
@@ -85,7 +94,7 @@ def both(nets, shape, num_classes, width=4):
     return nets.Generator(10, shape, width, num_classes), nets.Discriminator(shape, width, num_classes)
 
 
-@pytest.mark.parametrize("nets", [resnet_gan, mlp_gan], ids=["resnet", "mlp"])
+@pytest.mark.parametrize("nets", [resnet_gan, conv_gan, mlp_gan], ids=["resnet", "conv", "mlp"])
 @pytest.mark.parametrize("num_classes", [0, 3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes_ranges_and_gradients(nets, shape, num_classes):
@@ -100,7 +109,7 @@ def test_shapes_ranges_and_gradients(nets, shape, num_classes):
         assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
-@pytest.mark.parametrize("nets", [resnet_gan, mlp_gan], ids=["resnet", "mlp"])
+@pytest.mark.parametrize("nets", [resnet_gan, conv_gan, mlp_gan], ids=["resnet", "conv", "mlp"])
 def test_labels_matter_and_no_label_is_the_null_label(nets):
     generator, critic = both(nets, (1, 8, 8), 3)
     with torch.no_grad():  # conditional norms begin alike for all labels
@@ -120,9 +129,9 @@ def test_conditional_norm_begins_as_the_plain_one():
     assert torch.allclose(conditional(x, torch.tensor([0, 1, -1, 2])), plain(x, None))
 
 
-@pytest.mark.parametrize("nets", [resnet_gan, mlp_gan], ids=["resnet", "mlp"])
+@pytest.mark.parametrize("nets", [resnet_gan, conv_gan, mlp_gan], ids=["resnet", "conv", "mlp"])
 def test_no_picture_influences_another_ones_logit(nets):
-    _, critic = both(nets, (3, 16, 16), 0)
+    critic = both(nets, (3, 16, 16), 0)[1].eval()
     images = torch.randn(5, 3, 16, 16)
     assert torch.allclose(critic(images)[2:3], critic(images[2:3]), atol=1e-5)
 
@@ -137,29 +146,35 @@ def test_mean_pooling_is_sum_pooling_over_the_number_of_places():
 
 @pytest.mark.parametrize("shape", [(3, 30, 30), (3, 4, 4), (3, 64, 32)], ids=str)
 def test_impossible_sizes_are_refused_with_a_way_out(shape):
-    for make in (lambda: resnet_gan.Generator(10, shape, 8), lambda: resnet_gan.Discriminator(shape, 8)):
-        with pytest.raises(RecipeError, match=rf"residual GAN cannot .*{shape[1]} x {shape[2]} .*data\.size"):
-            make()
+    nets = (resnet_gan, conv_gan)
+    makers = [maker for net in nets for maker in (partial(net.Generator, 10), net.Discriminator)]
+    for make in makers:
+        with pytest.raises(RecipeError, match=rf"This GAN cannot .*{shape[1]} x {shape[2]} .*data\.size"):
+            make(shape, 8)
 
 
 # -- spectral normalisation -------------------------------------------------------------------------------------------
 
 
-def spectral_critic(num_classes: int = 0) -> resnet_gan.Discriminator:
+@pytest.mark.parametrize(
+    ("nets", "count"), [(resnet_gan, 4 * 2 + 2 + 2), (conv_gan, 2 * 2 + 1 + 2)], ids=["resnet", "conv"]
+)
+def test_every_matrix_stretches_by_one(nets, count):
+    """Four blocks with two convolutions each and two shortcuts, or two convolutions a size and one; head, labels."""
     torch.manual_seed(0)
-    return resnet_gan.Discriminator((3, 16, 16), 6, num_classes, spectral=True)
-
-
-def test_every_matrix_stretches_by_one():
-    critic = spectral_critic(num_classes=3)
+    critic = nets.Discriminator((3, 16, 16), 6, 3, spectral=True)
     images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, -1])
     for _ in range(100):  # one power iteration each
         critic(images, labels)
     matrices = [m.weight.detach().flatten(1) for m in critic.eval().modules() if hasattr(m, "parametrizations")]
-    # four blocks with two convolutions each, two shortcuts, the head, the labels
-    assert len(matrices) == 4 * 2 + 2 + 2
+    assert len(matrices) == count
     for matrix in matrices:
         assert float(torch.linalg.matrix_norm(matrix, 2)) == pytest.approx(1.0, abs=0.02)
+
+
+def spectral_critic() -> resnet_gan.Discriminator:
+    torch.manual_seed(0)
+    return resnet_gan.Discriminator((3, 16, 16), 6, spectral=True)
 
 
 def test_power_iteration_runs_in_training_only_and_continues_from_the_saved_vectors():
@@ -211,6 +226,14 @@ def test_wgan_gp_adds_lambda_times_the_penalty_also_without_gradients():
             loss = wgan_gp.loss("critic", batch, Progress(0, 1))
         expected = weight * loss.parts["penalty"] - loss.parts["distance"]
         assert loss.total.item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize(("networks", "nets"), [("residual", resnet_gan), ("convolutional", conv_gan)])
+def test_both_networks_of_sngan_play(networks, nets):
+    sngan, batch = family("sngan", networks=networks, generator_width=4), Batch(torch.randn(4, 3, 16, 16))
+    assert type(sngan.generator) is nets.Generator and type(sngan.discriminator) is nets.Discriminator
+    for phase in sngan.phases:
+        assert sngan.loss(phase.name, batch, Progress(0, 1)).total.isfinite()
 
 
 @pytest.mark.parametrize("name", ["wgan", "wgan_gp", "sngan"])
