@@ -111,8 +111,12 @@ def _renamed(name: str, places: list[tuple[str, str]]) -> str:
 # -- autoencoders -----------------------------------------------------------------------------------------------------
 
 
-def autoencoder(network: Any, gain: float, offset: float, channels: int) -> dict[str, Tensor]:
+def autoencoder(
+    network: Any, tensors: dict[str, Tensor], gain: float, offset: float, channels: int
+) -> dict[str, Tensor]:
     """The file of an autoencoder for latents c of so many channels, with raw = gain c + offset in its own.
+
+    tensors: its weights under the keys of the network's class, which may have taken up what stands behind the encoder.
 
     Raises:
         UsageError: ComfyUI has no autoencoder of that class, or of these sizes.
@@ -127,7 +131,7 @@ def autoencoder(network: Any, gain: float, offset: float, channels: int) -> dict
                 f"{rules.TINY_BLOCKS} blocks a level; this one makes {2 ** (len(widths) - 1)} with {max(widths)} and "
                 f"{blocks}. Train it with factor = 8, width <= {rules.TINY_WIDTH} and blocks <= {rules.TINY_BLOCKS}."
             )
-        return _tiny(network, blocks, channels) | {
+        return _tiny(tensors, blocks, channels) | {
             "vae_scale": torch.tensor(gain),
             "vae_shift": torch.tensor(-offset / gain),
         }
@@ -140,7 +144,7 @@ def autoencoder(network: Any, gain: float, offset: float, channels: int) -> dict
             "Train the codec with kind = 'kl', width = 128, blocks = 2 and factor = 8 or 4, or with kind = 'tiny' and "
             "factor = 8."
         )
-    return fill_kl(folded(network.state_dict(), gain, offset), own, channels)
+    return fill_kl(folded(tensors, gain, offset), own, channels)
 
 
 def fill_kl(tensors: dict[str, Tensor], own: int, channels: int) -> dict[str, Tensor]:
@@ -150,11 +154,11 @@ def fill_kl(tensors: dict[str, Tensor], own: int, channels: int) -> dict[str, Te
     return tensors | wide | {"post_quant_conv.weight": filled(tensors["post_quant_conv.weight"], own, channels)}
 
 
-def _tiny(network: Any, blocks: int, channels: int) -> dict[str, Tensor]:
+def _tiny(own: Mapping[str, Tensor], blocks: int, channels: int) -> dict[str, Tensor]:
     """The tiny autoencoder in ComfyUI's sizes; layers that this one does not have are 0."""
     wanted = rules.tiny_shapes(channels)
     tensors = {name: torch.zeros(shape) for name, shape in wanted.items() if not name.startswith("vae_")}
-    for name, tensor in network.state_dict().items():
+    for name, tensor in own.items():
         side, _, layer, rest = name.split(".", 3)
         place = _tiny_place(side, int(layer), blocks)
         wide = f"taesd_{side}.{place}.{rest}"

@@ -266,7 +266,7 @@ def _write_autoencoder(
             f"The autoencoder makes pictures with {family.image_shape[0]} channels; ComfyUI's make colour pictures. "
             "Train it on colour pictures."
         )
-    tensors = _comfyui_tensors.autoencoder(network, gain, offset, channels)
+    tensors = _comfyui_tensors.autoencoder(network, _coder.tensors_of(family), gain, offset, channels)
     found = _comfyui_rules.autoencoder(_comfyui_rules.shapes_of(tensors))
     _folder.write_tensors(path, tensors)
     return found, _autoencoder_difference(family, path, gain, offset, channels)

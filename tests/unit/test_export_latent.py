@@ -22,6 +22,7 @@ from imagekiln.engine.models import hash_of, load_model, open_model, save_weight
 from imagekiln.engine.run import Run
 from imagekiln.errors import UsageError
 from imagekiln.metrics import Measurement, Provenance
+from imagekiln.nets.latent_autoencoder import LatentMoments
 from imagekiln.testing import Toy
 
 diffusers = pytest.importorskip("diffusers")
@@ -34,7 +35,7 @@ NOISE = 0.05
 
 
 def made(path: Path, values: dict[str, Any], shape: tuple[int, int, int], codec: Run | None = None) -> Run:
-    """A run with the weights of a family that has learned nothing yet, and every weight away from its start."""
+    """A run of a family that has learned nothing yet, with every weight and every average away from its start."""
     torch.manual_seed(0)
     recipe = recipes.complete(
         {"data": {"path": "toy", "codec": str(codec.path) if codec else ""}, "train": {"precision": "fp32"}, **values}
@@ -42,6 +43,10 @@ def made(path: Path, values: dict[str, Any], shape: tuple[int, int, int], codec:
     family: Family = recipes.build(recipe, shape, 0)
     for weight in family.parameters():
         weight.data += NOISE * torch.randn(weight.shape)
+    for part in family.children():
+        if isinstance(part, LatentMoments):
+            part.mean.normal_()
+            part.square.copy_(part.mean.square() + 0.25)
     if hasattr(family, "study"):
         family.study(CAPTIONS * 2)
     run = Run.create(path, write_toml(recipe), {"version": "0", "data_fingerprint": "f00d", "data_summary": "toys"})
@@ -372,7 +377,7 @@ def test_shapes_are_those_of_the_real_classes() -> None:
     whole = sum(math.prod(shape) for name, shape in rules.tiny_shapes(4).items() if name.startswith("taesd_"))
     assert whole == 2_445_063, "the size that is known of it"
     for network, factor in zip(full, (8, 4), strict=True):
-        shapes = rules.shapes_of(_comfyui_tensors.autoencoder(network, 1.5, 0.1, 16))
+        shapes = rules.shapes_of(_comfyui_tensors.autoencoder(network, network.state_dict(), 1.5, 0.1, 16))
         assert rules.autoencoder(shapes) == {"model": "KL", "channels": 16, "factor": factor}
 
 
