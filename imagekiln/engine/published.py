@@ -32,6 +32,9 @@ _CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 class PublishedCoder(nn.Module):
     """The network as a `Coder`, for pictures of one shape."""
 
+    averaged = ("network",)
+    """What its file holds, as of a family's."""
+
     def __init__(self, network: Any, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
         self.network, self.image_shape = network.eval().requires_grad_(False), image_shape

@@ -274,6 +274,12 @@ def test_a_changed_base_is_refused(bases, photos, tmp_path):
         trained({"sd1": base}, photos, tmp_path / "run", "sd1", "lora", kimg=0.016)
 
 
+def test_the_weights_travel_with_a_published_codec(bases, photos, tmp_path):
+    run = trained(bases, photos, tmp_path / "run", "sd1", "lora")
+    receipt = imagekiln.export(run, "safetensors", tmp_path / "out")
+    assert receipt["difference"] == 0 and Path(receipt["codec"]).is_file()
+
+
 def test_published_autoencoders_are_codecs(bases, photos, tmp_path):
     codec = published.opened(bases["sd3"] / "vae", (3, 16, 16))
     vae = diffusers.AutoencoderKL.from_pretrained(bases["sd3"] / "vae")
