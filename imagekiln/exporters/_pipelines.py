@@ -64,9 +64,9 @@ class Stock(NamedTuple):
 
     def load(self, folder: Path) -> Any:
         """The pipeline from a folder."""
-        kind = getattr(_folder.library(folder), self.pipeline)
-        with quietly():
-            pipeline = kind.from_pretrained(folder, **dict.fromkeys(self.absent))
+        library = _folder.library(folder)
+        with quietly():  # the class is only imported now, and what it imports has remarks
+            pipeline = getattr(library, self.pipeline).from_pretrained(folder, **dict.fromkeys(self.absent))
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

@@ -285,9 +285,9 @@ def _loaded(family: Any, path: Path, out: Path) -> Any:
 
 
 def _pipeline(family: Any, folder: str, out: Path) -> Any:
-    kind = getattr(_folder.library(out), PIPELINES[family.base.kind])
-    with quietly():
-        absent = dict.fromkeys(_absent(family.base))
+    library, absent = _folder.library(out), dict.fromkeys(_absent(family.base))
+    with quietly():  # the class is only imported now, and what it imports has remarks
+        kind = getattr(library, PIPELINES[family.base.kind])
         pipeline = kind.from_pretrained(folder, local_files_only=True, **absent).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -99,8 +99,8 @@ def test_a_model_of_words_is_trained_drawn_with_and_taken_elsewhere(cli, place: 
     drawn = run("generate", "run", "-n", 4, "--prompt", "a red picture", "--prompt", "猫", "--out", "p", "--json").ok()
     assert len(drawn.json()["pictures"]) == 4 and drawn.json()["understood"]["a red picture"] == "red picture"
     run("generate", "run", "-n", 1, "--option", "negative_prompt=blue", "--guidance", 4, "--out", "q").ok()
-    receipt = run("export", "run", "--to", "diffusers", "--out", "exported", "--json").ok().json()
-    assert receipt["difference"] <= 1e-4
+    exported = run("export", "run", "--to", "diffusers", "--out", "exported", "--json").ok()
+    assert exported.json()["difference"] <= 1e-4 and not exported.err, "other libraries have remarks"
     run("evaluate", "run", "-n", 20, "--features", "randconv", "--data", "photos")
 
 
