@@ -34,7 +34,7 @@ from imagekiln.engine import recipe as recipes
 from imagekiln.engine import show as showing
 from imagekiln.engine.codec import Codec
 from imagekiln.engine.continuing import continued
-from imagekiln.engine.inputs import begin, companion_hashes, untrained_codec
+from imagekiln.engine.inputs import begin, companion_hashes, text_remarks, untrained_codec
 from imagekiln.engine.models import Model, draw_as, guide_by, open_model
 from imagekiln.engine.run import Run, made_folder
 from imagekiln.engine.tracker import Several, Silent, TensorBoard
@@ -61,6 +61,8 @@ class Drawn:
     mix: Path | None = None
     understood: dict[str, str] = field(default_factory=dict)
     """What was drawn for each prompt, in the words of the model's phrasebook where it has one."""
+    cut: list[str] = field(default_factory=list)
+    """Prompts that are longer than the model reads."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def train(
             _keep(run, dataset, begun.family.codec)
         listeners = [listener] + ([TensorBoard(run)] if wanted.train.tensorboard else [])
         trainer = Trainer(wanted, *begun, run, Several(listeners))
-        for sentence in recipes.remarks(wanted):
+        for sentence in [*recipes.remarks(wanted), *text_remarks(begun.train)]:
             listener.say(sentence)
         for key, one in wanted.optim.items():
             if one.langevin.temperature:
@@ -308,7 +310,7 @@ def generate(
         drawn = generation.stream(model.family, seeds, wished, chosen, batch, beginning)
         paths, first = pictures.write_all(folder, drawn, wanted.kept(n), n + mix, progress)
         sheet = wanted.write(folder, model, first, seeds, wished, chosen, batch)
-    return Drawn(paths, sheet.pop("grid"), model.weights, understood=understood, **sheet)
+    return Drawn(paths, sheet.pop("grid"), model.weights, understood=understood, cut=model.cut(wished, chosen), **sheet)
 
 
 def _that_draws(run: Run, nimg: int | None, average: str | None, device_name: str) -> Model:

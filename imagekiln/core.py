@@ -217,6 +217,10 @@ class Family(nn.Module, ABC):
         where it reads no text."""
         return None
 
+    def cuts(self, caption: str) -> bool:
+        """Whether `read` leaves out the end of this caption, because it is longer than the family reads."""
+        return False
+
     def drawing_cost(self) -> float:
         """What it costs to draw a picture, in pictures trained on: one evaluation of the network is about a third."""
         return 1 / 3

@@ -119,5 +119,7 @@ def _say(drawn: Drawn, as_json: bool) -> None:
     text = f"Drew {len(drawn.pictures)} pictures with {drawn.weights.name}: {', '.join(map(str, sheets.values()))}"
     meant = {asked: said for asked, said in drawn.understood.items() if said != asked}
     text += "".join(f'\n"{asked}" was understood as "{said}".' for asked, said in meant.items())
-    facts = {"pictures": drawn.pictures, **sheets, "weights": drawn.weights, "understood": drawn.understood}
+    text += "".join(f'\nLonger than this model reads, so that its end was left out: "{one[:60]}".' for one in drawn.cut)
+    facts = {"pictures": drawn.pictures, **sheets, "weights": drawn.weights}
+    facts |= {"understood": drawn.understood, "cut": drawn.cut}
     answer(text, facts, as_json)

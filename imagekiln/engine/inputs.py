@@ -32,6 +32,9 @@ from imagekiln.engine.run import Run
 from imagekiln.errors import RecipeError, UsageError
 from imagekiln.nets import pretrained
 
+LOOKED_AT = 1000
+"""Different captions that are measured before a training."""
+
 
 class Begun(NamedTuple):
     """A family with freshly initialised networks, and the two sources it learns from."""
@@ -214,12 +217,12 @@ class Told:
         self.captions: Sequence[str] = captions_of(source) or [""] * len(source)
         places: dict[str, int] = {}
         self._row_N = np.array([places.setdefault(caption, len(places)) for caption in self.captions], np.int64)
-        self._different = list(places)
+        self.different = list(places)
 
     @functools.cached_property
     def _text_UX(self) -> Tensor:
         """Every different caption, read when the first one is asked for: by then a checkpoint's vocabulary is back."""
-        return read(self.family, self._different)
+        return read(self.family, self.different)
 
     @functools.cached_property
     def choices(self) -> dict[int, list[str]]:
@@ -240,15 +243,26 @@ class Told:
         changes = (data.tag_dropout, data.tag_shuffle, data.word_dropout, data.wordings, data.fillers)
         if not any(changes):
             return self._text_UX[torch.from_numpy(self._row_N[np.asarray(indices, np.int64)])]
-        return read(self.family, [self._worded(self.captions[i], seed, position + at) for at, i in enumerate(indices)])
+        return read(self.family, [self.worded(self.captions[i], seed, position + at) for at, i in enumerate(indices)])
 
-    def _worded(self, caption: str, seed: int, position: int) -> str:
+    def worded(self, caption: str, seed: int, position: int) -> str:
         """A caption as it is told at one position of a run."""
         data = self.data
         dropout, shuffle, keep = data.tag_dropout, data.tag_shuffle, data.tags_kept
         told = varied(caption, seed, position, dropout=dropout, shuffle=shuffle, keep=keep)
         words = {"dropout": data.word_dropout, "fillers": data.fillers}
         return reworded(told, seed, position, wordings=data.wordings, **words)
+
+
+def text_remarks(source: Source) -> list[str]:
+    """Sentences about captions as a training will show them; of the first different ones, so that it takes no time."""
+    if not isinstance(source, Told):
+        return []
+    looked = source.different[:LOOKED_AT]
+    cut = sum(source.family.cuts(source.worded(caption, 0, place)) for place, caption in enumerate(looked))
+    if not cut:
+        return []
+    return [f"{cut:,} of {len(looked):,} captions are longer than this model reads; their ends are left out."]
 
 
 def wishes(source: Any, rows: Sequence[int]) -> list[Wish]:

@@ -85,6 +85,13 @@ class Model:
         prompts = prompts or self.prompts or [""]
         return [prompts[index % len(prompts)] for index in range(count)]
 
+    def cut(self, wishes: Sequence[Wish], options: Any) -> list[str]:
+        """Of these wishes and the negative prompt the texts whose end the model does not read; captions that it offers
+        by itself are no news."""
+        asked = [wish for wish in wishes if isinstance(wish, str) and wish not in self.prompts]
+        asked.append(getattr(options, "negative_prompt", ""))
+        return [one for one in dict.fromkeys(asked) if self.family.cuts(one)]
+
 
 def save_weights(path: Path, family: Family, recipe: Recipe, source: Source, prompts: Sequence[str] = ()) -> None:
     """Write the averaged modules with everything needed to use them in the file's own metadata."""

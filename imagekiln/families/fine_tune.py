@@ -135,6 +135,9 @@ class FineTune(Family):
         """tokens_BL int64 on the CPU."""
         return self.base.read(captions)
 
+    def cuts(self, caption: str) -> bool:
+        return self.base.cuts(caption)
+
     def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
         x, tokens_BL = batch.images, self._tokens(batch.text, len(batch.images))
         if self.training:

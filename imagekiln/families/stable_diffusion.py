@@ -110,6 +110,9 @@ class StableDiffusion(Family):
         """tokens_BL int64 on the CPU."""
         return self.text.read(captions)
 
+    def cuts(self, caption: str) -> bool:
+        return self.text.cuts(caption)
+
     def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
         x, config = batch.images, self.config
         spread = densities.stratified(torch.rand((), device=x.device), len(x))

@@ -90,6 +90,10 @@ class TextEncoder(nn.Module):
         tokens_BL: Tensor = read["input_ids"]
         return tokens_BL
 
+    def cuts(self, caption: str) -> bool:
+        """Whether `read` leaves out the end of this caption."""
+        return len(self.tokenizer()(_utf8(caption), verbose=False)["input_ids"]) > self.context
+
     def tokenizer(self) -> Any:
         """transformers' `CLIPTokenizer` of these merges."""
         merges = self.merges_M2.cpu().numpy()

@@ -124,6 +124,11 @@ class Pretrained:
             parts.append(read["input_ids"])
         return torch.cat(parts, 1)
 
+    def cuts(self, caption: str) -> bool:
+        """Whether `read` leaves out the end of this caption for one of the encoders."""
+        each = zip(self.tokenizers, self._lengths(), strict=True)
+        return any(len(one(several(one, caption), verbose=False)["input_ids"]) > length for one, length in each)
+
     def words(self, tokens_BL: Tensor, encoders: Sequence[Any] = (), learning: bool = False) -> Words:
         """What the encoders say of tokens as `read` makes them.
 

@@ -98,7 +98,10 @@ def test_a_model_of_words_is_trained_drawn_with_and_taken_elsewhere(cli, place: 
     assert not (place / "run-codec").exists(), "the run has a codec of its own"
     drawn = run("generate", "run", "-n", 4, "--prompt", "a red picture", "--prompt", "猫", "--out", "p", "--json").ok()
     assert len(drawn.json()["pictures"]) == 4 and drawn.json()["understood"]["a red picture"] == "red picture"
-    run("generate", "run", "-n", 1, "--option", "negative_prompt=blue", "--guidance", 4, "--out", "q").ok()
+    assert not drawn.json()["cut"], "the caption that is drawn for it is short"
+    long = ["--as-written", "--prompt", "red " * 20, "--option", f"negative_prompt={'blue ' * 20}"]
+    said = run("generate", "run", "-n", 1, *long, "--guidance", 4, "--out", "q").ok()
+    assert said.out.count("its end was left out") == 2 and '"red red' in said.out and '"blue blue' in said.out
     exported = run("export", "run", "--to", "diffusers", "--out", "exported", "--json").ok()
     assert exported.json()["difference"] <= 1e-4 and not exported.err, "other libraries have remarks"
     run("evaluate", "run", "-n", 20, "--features", "randconv", "--data", "photos")

@@ -88,6 +88,12 @@ def test_what_has_no_bytes_is_passed_over():
     assert made.read(["a caf\udce9 \ud83d"]).equal(made.read(["a caf"]))
 
 
+def test_what_is_longer_than_the_context_is_known():
+    made = encoder()
+    words = " a" * (made.context - MARKS)
+    assert not made.cuts("") and not made.cuts(words) and made.cuts(words + " a") and made.cuts("猫" * 10_000)
+
+
 def test_the_vocabulary_travels_with_the_weights():
     made, other = encoder(), TextEncoder(width=32, layers=2, context=12, vocabulary=BYTES + MARKS + 20)
     other.load_state_dict(made.state_dict())

@@ -205,6 +205,15 @@ def test_wordings_change_in_training_and_not_when_looked_at(photos: Path):
     assert torch.equal(held_out.read([0]).text, family.read([dataset.validation.captions[0]]))
 
 
+def test_captions_that_are_cut_are_counted(photos: Path):
+    def said(context: int) -> list[str]:
+        family = TINY | {"text": TINY["text"] | {"context": context}}
+        return inputs.text_remarks(begun(made(photos, family=family, data={"path": str(photos)}))[0].train)
+
+    assert said(64) == [] and inputs.text_remarks(begun(made(photos, "diffusion", family=BLIND))[0].train) == []
+    assert said(4) == ["85 of 85 captions are longer than this model reads; their ends are left out."]
+
+
 def test_names_of_classes_are_captions_where_there_are_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("IMAGEKILN_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "classes"

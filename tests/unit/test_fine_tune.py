@@ -142,6 +142,12 @@ def test_only_what_is_tuned_is_in_a_checkpoint_and_learns(kind: str, method: str
     assert not torch.allclose(drawn, fresh.sample(noise, Condition(text=fresh.read(["a <new> cat"] * 2))), atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_captions_that_are_longer_than_encoders_read_are_known(kind: str):
+    model = family(kind)
+    assert not model.cuts("a cat") and model.cuts("a cat " * 20)
+
+
 def test_copies_draw_with_what_they_learned_themselves():
     model = family(method="lora").eval()
     twin = copy.deepcopy(model)
