@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,15 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from imagekiln.engine.codec import Codec
-from imagekiln.errors import UsageError
+from imagekiln.errors import RecipeError, UsageError
 from imagekiln.nets import latent_autoencoder
 from imagekiln.nets.libraries import diffusers, quietly
 
 FORMAT = "diffusers"
-_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
+_FACTORS = {"AutoencoderKL": 0.18215, "AutoencoderTiny": 1.0}
+"""What each class multiplies latents by where its config does not say."""
+
+_CLASSES = tuple(_FACTORS)
 
 
 class PublishedCoder(nn.Module):
@@ -71,6 +74,33 @@ def folder_of(path: str) -> Path | None:
         if isinstance(config, dict) and config.get("_class_name") in _CLASSES:
             return file.parent
     return None
+
+
+def require_scales(codec: str, base: str) -> None:
+    """Refuse a published codec for a pretrained model whose own autoencoder, of the same class, scales latents
+    otherwise: its denoiser expects these scales. Latents of another class may be scaled already, as those of TAESD are.
+
+    codec, base: what `data.codec` names, and the folder of the pretrained model.
+
+    Raises:
+        RecipeError: the scales differ.
+    """
+    folders = folder_of(codec), folder_of(base)
+    if None in folders:
+        return
+    ours, theirs = (json.loads((one / "config.json").read_text(encoding="utf-8")) for one in folders if one)
+    if ours["_class_name"] == theirs["_class_name"] and _scales(ours) != _scales(theirs):
+        (factor, shift), (wanted, lower) = _scales(ours), _scales(theirs)
+        raise RecipeError(
+            f"data.codec = {codec!r} scales latents by {factor:g} after {shift:g} is taken off, and {base} was trained "
+            f"with {wanted:g} and {lower:g}. Leave data.codec out: the autoencoder of the model is taken then."
+        )
+
+
+def _scales(config: Mapping[str, Any]) -> tuple[float, float]:
+    """What latents are multiplied by, and what is taken off before, by a config that may leave both out."""
+    factor = config.get("scaling_factor") or _FACTORS[config["_class_name"]]
+    return float(factor), float(config.get("shift_factor") or 0.0)
 
 
 def opened(folder: Path, image_shape: tuple[int, int, int]) -> Codec:

@@ -128,13 +128,16 @@ def complete(values: Mapping[str, Any]) -> Recipe:
 
 def founded(recipe: Recipe) -> Recipe:
     """The recipe of a family that learns from pretrained weights, with the full path of their folder and with the
-    autoencoder in it as codec; any other recipe as it is. Raises what `bases.folder` raises."""
+    autoencoder in it as codec; any other recipe as it is. Raises what `bases.folder` and
+    `published.require_scales` raise."""
     field = registry.load(recipe.family.name).foundation
     named = getattr(recipe.family, field) if field else ""
     folder = bases.folder(named)
     if folder is None:
         return recipe
     family = recipe.family.model_copy(update={field: str(folder)})
+    if recipe.data.codec:
+        published.require_scales(recipe.data.codec, str(folder))
     codec = recipe.data.codec or (str(folder) if published.folder_of(str(folder)) else "")
     return recipe.model_copy(update={"family": family, "data": recipe.data.model_copy(update={"codec": codec})})
 

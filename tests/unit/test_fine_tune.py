@@ -369,6 +369,21 @@ def test_a_base_that_is_not_named_is_not_the_folder_at_hand(bases, monkeypatch):
     assert named.family.base == named.data.codec == str(bases["sd1"])
 
 
+def test_a_codec_of_other_scales_is_refused(bases, tmp_path):
+    """Stable Diffusion 3 shifts latents. What a config leaves out is the default of its class."""
+    named = {"family": {"base": str(bases["sd1"])}, "data": {"codec": str(bases["sdxl"])}}
+    assert recipe.founded(recipe.resolve("fine_tune", named)).data.codec == str(bases["sdxl"])
+    with pytest.raises(RecipeError, match=r"scales latents by 0\.5 after 0\.1 is taken off, and .* with 0\.5 and 0"):
+        recipe.founded(recipe.resolve("fine_tune", named | {"data": {"codec": str(bases["sd3"])}}))
+    config = json.loads((bases["sd1"] / "vae" / "config.json").read_text())
+    del config["scaling_factor"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match=r"by 0\.18215"):
+        recipe.founded(recipe.resolve("fine_tune", named | {"data": {"codec": str(tmp_path)}}))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderTiny"}))
+    recipe.founded(recipe.resolve("fine_tune", named | {"data": {"codec": str(tmp_path)}}))
+
+
 def test_latents_of_another_kind_are_refused(bases):
     with pytest.raises(RecipeError, match="draws latents of 4 channels, and it is given 3"):
         FineTune(FineTuneConfig(base=str(bases["sd1"])), (3, 16, 16), 0)
