@@ -173,8 +173,8 @@ def guide_by(model: Model, path: str | Path | None, options: Any) -> None:
     family = model.family
     if not family.guidable or type(other) is not type(family):
         raise UsageError(
-            f"{where} holds a {other.config.name}, and this is a {family.config.name}. A diffusion model is guided by "
-            "another of its family: a smaller one, or one that trained for less."
+            f"{where} holds a model of the family {other.config.name}, and this one is of {family.config.name}. A "
+            "diffusion model is guided by another of its family: a smaller one, or one that trained for less."
         )
     words = [*model.prompts, ""]
     read, others = family.read(words), other.read(words)

@@ -35,6 +35,8 @@ def read(path: Path, image_shape: tuple[int, ...], how: Fit = "crop", background
         DataError: it cannot be used.
     """
     channels, height, width = image_shape
+    if not path.exists():
+        raise DataError(f"{path} does not exist. Give one picture, such as a PNG or JPEG file.")
     try:
         image = open_safely(path)
     except Unusable as error:

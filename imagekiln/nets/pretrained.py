@@ -268,7 +268,8 @@ def _index(root: Path, folder: str) -> dict[str, Any]:
     if not folder:
         raise RecipeError("family.base: it is missing. It names the folder of the pretrained model to learn from.")
     if not (root / "model_index.json").is_file():
-        what = "is one file, and here only folders are read" if root.is_file() else "is no such folder"
+        what = "holds no whole model" if root.is_dir() else "does not exist"
+        what = "is one file, and here only folders are read" if root.is_file() else what
         raise RecipeError(
             f"family.base = {folder!r} {what}. Expected a folder with a model_index.json, as diffusers writes it, one "
             ".safetensors file of a whole model, or OWNER/NAME@COMMIT of the hub."

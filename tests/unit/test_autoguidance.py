@@ -84,9 +84,9 @@ def test_who_may_not_guide(run: Run, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="guidance of 1 is none"):
         guide_by(model, run.path, options.model_copy(update={"guidance": 1.0}))
     vae = imagekiln.train("vae", data="builtin:digits", out=tmp_path / "vae", settings={"train": {"total_kimg": 0.1}})
-    with pytest.raises(UsageError, match="holds a vae, and this is a diffusion"):
+    with pytest.raises(UsageError, match="of the family vae, and this one is of diffusion"):
         guide_by(model, vae.path, options)
-    with pytest.raises(UsageError, match="holds a diffusion, and this is a vae"):
+    with pytest.raises(UsageError, match="of the family diffusion, and this one is of vae"):
         imagekiln.generate(vae, 1, tmp_path / "drawn", guide=run.path)
     generator = np.random.default_rng(0)
     for index in range(20):

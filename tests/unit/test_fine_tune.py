@@ -345,6 +345,10 @@ def test_pickles_and_remote_code_are_refused(bases, tmp_path):
         pretrained.Pretrained(str(folder))
     with pytest.raises(RecipeError, match="one file"):
         pretrained.Pretrained(str(folder / "model_index.json"))
+    with pytest.raises(RecipeError, match="vae' holds no whole model"):
+        pretrained.Pretrained(str(folder / "vae"))
+    with pytest.raises(RecipeError, match="gone' does not exist"):
+        pretrained.Pretrained(str(folder / "gone"))
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,8 @@ def test_what_cannot_begin_with_a_picture_says_so(runs: dict[str, Run], tmp_path
         imagekiln.generate(runs["diffusion"], n=1, out=out, start=start, strength=0.0)
     with pytest.raises(UsageError, match="--interpolate"):
         imagekiln.generate(runs["diffusion"], n=2, out=out, start=start, interpolate=3)
+    with pytest.raises(DataError, match=r"gone\.png does not exist"):
+        imagekiln.generate(runs["diffusion"], n=1, out=out, start=tmp_path / "gone.png")
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(DataError, match=r"text\.png cannot be used"):
         imagekiln.generate(runs["diffusion"], n=1, out=out, start=tmp_path / "text.png")
