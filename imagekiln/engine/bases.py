@@ -53,6 +53,19 @@ def folder(named: str) -> Path | None:
     return _fetched(*named.split("@", 1)) if "@" in named else None
 
 
+def called(folder: str) -> tuple[str, str]:
+    """What others know the model in a folder by, and its commit where the folder is one that the hub's library keeps.
+
+    >>> called("/cache/models--me--mine/snapshots/0123abc"), called("/models/sd15")
+    (('me/mine', '0123abc'), ('sd15', ''))
+    """
+    path = Path(folder)
+    kept = path.parent.parent.name
+    if path.parent.name == "snapshots" and kept.startswith("models--"):
+        return kept.removeprefix("models--").replace("--", "/", 1), path.name
+    return path.name, ""
+
+
 # -- one file ---------------------------------------------------------------------------------------------------------
 
 
@@ -80,7 +93,7 @@ def _unpacked(file: Path) -> Path:
             "Expected denoiser, text encoders and autoencoder in one file."
         )
     configs = file.with_suffix("")
-    found = cache_folder() / "bases" / _key(file)
+    found = cache_folder() / "bases" / f"{file.stem}-{_key(file)}"
     if not found.is_dir():
         options: dict[str, Any] = {"config": str(configs), "local_files_only": True} if configs.is_dir() else {}
         if kind == "sd1":

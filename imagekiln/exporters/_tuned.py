@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from imagekiln.diffusion import guidance, samplers
+from imagekiln.engine import bases
 from imagekiln.engine.models import Model
 from imagekiln.engine.run import disk_faults
 from imagekiln.errors import UsageError
@@ -68,8 +69,10 @@ def write(model: Model, out: Path, to: Literal["diffusers", "comfyui"]) -> dict[
     folder = str(path) if path.is_dir() else family.base.folder
     absent = "".join(f", {part}=None" for part in _absent(family.base))
     example = f"from diffusers import {name}\n\npipeline = {name}.from_pretrained({folder!r}{absent})\n{code}"
-    base = Path(family.base.folder).name
-    shown = example.replace(str(out), ".").replace(family.base.folder, base)  # where they lie here is nobody's business
+    base, commit = bases.called(family.base.folder)
+    known = f"{base!r}, revision={commit!r}" if commit else repr(base)
+    shown = example.replace(repr(family.base.folder), known)  # where they lie here is nobody's business
+    shown, base = shown.replace(str(out), "."), f"{base} at commit {commit}" if commit else base
     use = f"```python\n{shown}```"
     if _as_differences(family, to):
         name, example = "", ""

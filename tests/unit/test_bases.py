@@ -70,6 +70,7 @@ def published_tensors(base: Path) -> dict[str, torch.Tensor]:
 def test_a_file_becomes_a_folder_with_the_same_networks(base: Path, single: Path) -> None:
     folder = bases.folder(str(single))
     assert folder is not None and folder.is_relative_to(single.parent / "cache")
+    assert folder.name.startswith("mine-"), "cards name the model by it"
     before, after = Pretrained(str(base)), Pretrained(str(folder))
     for name, network in before.networks().items():
         tensors = after.networks()[name].state_dict()

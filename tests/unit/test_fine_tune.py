@@ -219,6 +219,14 @@ def test_exports_draw_in_stock_pipelines_what_we_draw(bases, photos, tmp_path, k
     assert str(tmp_path) not in card and str(bases[kind]) not in card
 
 
+def test_the_card_names_a_base_of_the_hub_as_the_hub_does(bases, photos, tmp_path):
+    shutil.copytree(bases["sd1"], kept := tmp_path / "models--me--mine" / "snapshots" / ("5" * 40))
+    run = trained({"sd1": kept}, photos, tmp_path / "run", "sd1", "word")
+    imagekiln.export(run, "diffusers", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"from_pretrained('me/mine', revision='{'5' * 40}')" in card and f"me/mine at commit {'5' * 40}" in card
+
+
 def test_a_base_whose_steps_end_in_noise_alone_draws_as_its_pipeline(bases, photos, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(bases["sd1"], base)
