@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -94,12 +94,14 @@ class Phase:
     trains: names of the sub-modules it updates; everything else is frozen while it runs.
     every: run it on every k-th step only, its loss scaled by k (lazy regularisation, StyleGAN2 section B).
     repeat: run it r times, each on a fresh batch (the critic steps of WGAN).
+    rests: whether it is left out of the k-th step, k from 0, so that another phase gets ahead; its loss is not scaled.
     """
 
     name: str
     trains: tuple[str, ...]
     every: int = 1
     repeat: int = 1
+    rests: Callable[[int], bool] | None = None
 
     @property
     def optimizer(self) -> str:

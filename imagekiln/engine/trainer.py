@@ -111,7 +111,7 @@ class Trainer:
             self.family.train()
         whole = True
         for phase in self.family.phases:
-            if number % phase.every == 0:
+            if number % phase.every == 0 and not (phase.rests and phase.rests(number)):
                 for turn in range(phase.repeat):
                     whole = whole and self._update(phase, turn, progress)
         self.family.after_step(progress)

@@ -1,9 +1,10 @@
 """WGAN: DCGAN's networks play for the Wasserstein distance, the critic's weights clipped to a small box.
 
 Arjovsky, Chintala & Bottou 2017 (arXiv:1701.07875): RMSprop 5e-5, weights in [-0.01, 0.01], five critic steps a
-generator step. What differs: no stretches of 100 critic steps; with labels an embedding beside z and projection; the
-moving average of the generator draws. The paper itself calls clipping "a clearly terrible way" to bound the slope:
-WGAN-GP is its successor, this one is here to be compared with.
+generator step. Its code lets the critic get ahead: 100 steps before each of the first 25 generator steps and before
+every 500th. `stretches` does the same; it is off because a short run would hardly move its generator. What differs:
+with labels an embedding beside z and projection; the moving average of the generator draws. The paper itself calls
+clipping "a clearly terrible way" to bound the slope: WGAN-GP is its successor, this one is here to be compared with.
 """
 
 from __future__ import annotations
@@ -17,6 +18,25 @@ from imagekiln.core import Batch, Condition, Family, Loss, Phase, Progress
 from imagekiln.nets.adversarial import clip_weights_, linear_generator, wasserstein_critic
 from imagekiln.nets.dcgan import Discriminator, Generator
 
+STRETCH = 20
+"""Steps of which the generator takes part in the last only: with 5 critic updates a step they are the code's 100."""
+
+FIRST, AGAIN = 25, 500
+"""Generator updates that have a stretch before them: so many in the beginning, and later every so-and-so-many-th."""
+
+
+def critic_is_alone(step: int) -> bool:
+    """Whether the critic alone learns in this training step, the first of which is 0.
+
+    >>> [step for step in range(503) if not critic_is_alone(step)][-5:]
+    [479, 499, 500, 501, 502]
+    """
+    if step < FIRST * STRETCH:
+        return step % STRETCH != STRETCH - 1
+    # A round is a stretch and what follows it. Of the first round the updates of the beginning are over.
+    within = (step - FIRST * STRETCH + STRETCH - 1 + FIRST) % (STRETCH - 1 + AGAIN)
+    return within < STRETCH - 1
+
 
 class WganConfig(FamilyConfig):
     """Settings of the WGAN family."""
@@ -26,6 +46,7 @@ class WganConfig(FamilyConfig):
     width: int = Field(48, ge=4, description="channels of the layer next to the picture (paper: 64)")
     clip: float = Field(0.01, gt=0, description="largest weight of the critic")
     critic_steps: int = Field(5, ge=1, description="critic updates a generator update")
+    stretches: bool = Field(False, description="20 times as many before the first 25 and every 500th, as published")
 
 
 class Wgan(Family):
@@ -40,7 +61,7 @@ class Wgan(Family):
         super().__init__(config, image_shape, num_classes)
         self.phases = (
             Phase("critic", trains=("critic",), repeat=config.critic_steps),
-            Phase("generator", trains=("generator",)),
+            Phase("generator", trains=("generator",), rests=critic_is_alone if config.stretches else None),
         )
         self.generator = Generator(config.z_dim, image_shape, config.width, num_classes)
         self.critic = Discriminator(image_shape, config.width, num_classes)

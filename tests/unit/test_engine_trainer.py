@@ -177,6 +177,14 @@ def test_repeats_see_fresh_pictures_and_count_them(tmp_path: Path) -> None:
         assert got == pytest.approx(images.sum(1).tolist(), rel=1e-5)
 
 
+def test_a_phase_rests_where_it_says_and_then_counts_once(tmp_path: Path) -> None:
+    phases = (Phase("critic", trains=("other",)), Phase("fit", trains=("net",), rests=lambda step: step < 2))
+    family = Linear(phases)
+    made = steps(trainer(tmp_path, family, batch=4), 4)
+    assert [phase for phase, *_ in family.asked] == ["critic"] * 3 + ["fit", "critic", "fit"]
+    assert made.state.nimg == 16
+
+
 def test_what_draws_shares_its_weights(tmp_path: Path) -> None:
     """They may be most of the memory: those of the average asked for, and the live ones of what is not averaged."""
     averages = [{"sigma_rel": 0.05}, {"sigma_rel": 0.2}]

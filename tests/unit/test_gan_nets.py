@@ -12,6 +12,7 @@ from imagekiln.config import Recipe
 from imagekiln.core import Batch, Progress
 from imagekiln.engine import recipe as recipes
 from imagekiln.errors import RecipeError
+from imagekiln.families import wgan
 from imagekiln.nets import conv_gan, mlp_gan, resnet_gan
 
 SHAPES = [(1, 8, 8), (3, 16, 16), (3, 24, 28), (1, 28, 28), (3, 32, 32), (3, 48, 48), (4, 64, 64)]
@@ -215,6 +216,17 @@ def test_wgan_keeps_the_critic_in_its_box_from_the_start_and_after_every_step():
     wgan.loss("critic", Batch(torch.randn(4, 3, 16, 16)), Progress(0, 1))
     assert all((p == torch.tensor(0.02)).all() for p in wgan.critic.parameters())
     assert all(torch.equal(value, generator[name]) for name, value in wgan.generator.named_parameters())
+
+
+def test_stretches_of_the_critic_are_those_of_the_published_loop():
+    """Arjovsky's main.py: n_critic is 100 while fewer than 25 generator steps are done, and at every 500th."""
+    critic_updates: list[int] = []
+    for generator_steps in range(1200):
+        critic_updates.append(100 if generator_steps < 25 or generator_steps % 500 == 0 else 5)
+    ends = [sum(critic_updates[: k + 1]) // 5 - 1 for k in range(1200)]
+    assert [step for step in range(ends[-1] + 1) if not wgan.critic_is_alone(step)] == ends
+    assert family("wgan", stretches=True).phases[1].rests is wgan.critic_is_alone
+    assert family("wgan").phases[1].rests is None
 
 
 def test_wgan_gp_adds_lambda_times_the_penalty_also_without_gradients():
