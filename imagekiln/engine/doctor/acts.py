@@ -38,12 +38,7 @@ def lower_critic_lr(chart: Chart, dials: Dials, optimizers: Sequence[str], criti
 
 def raise_gamma(chart: Chart, dials: Dials, optimizers: Sequence[str], critics: Sequence[str]) -> str | None:
     """Double the gradient penalty, whichever of its two names it has."""
-    return _turn(chart, dials, "gamma", STEP) or _turn(chart, dials, "penalty_weight", STEP)
-
-
-def lower_beta(chart: Chart, dials: Dials, optimizers: Sequence[str], critics: Sequence[str]) -> str | None:
-    """Halve the weight of the divergence from the prior."""
-    return _turn(chart, dials, "beta", 1 / STEP)
+    return _double(chart, dials, "gamma") or _double(chart, dials, "penalty_weight")
 
 
 def clamp_p(chart: Chart, dials: Dials, optimizers: Sequence[str], critics: Sequence[str]) -> str | None:
@@ -54,7 +49,7 @@ def clamp_p(chart: Chart, dials: Dials, optimizers: Sequence[str], critics: Sequ
     return f"{' and '.join(high)} set to {HIGHEST_P}" if high else None
 
 
-TURNS: dict[str, Act] = {act.__name__: act for act in (lower_lr, lower_critic_lr, raise_gamma, lower_beta, clamp_p)}
+TURNS: dict[str, Act] = {act.__name__: act for act in (lower_lr, lower_critic_lr, raise_gamma, clamp_p)}
 """Acts by the names that `Illness.acts` uses; "restore" and "stop" are the practice's."""
 
 
@@ -73,11 +68,11 @@ def _slow_down(chart: Chart, optimizers: Sequence[str], what: str) -> str | None
     return f"{what} halved" if chart.lr != before else None
 
 
-def _turn(chart: Chart, dials: Dials, name: str, by: float) -> str | None:
+def _double(chart: Chart, dials: Dials, name: str) -> str | None:
     before = chart.dials.get(name, 1.0)
-    factor = within(before * by)
+    factor = within(before * STEP)
     if name not in dials or factor == before or not float(dials[name]):
         return None
     dials[name].mul_(factor / before)
     chart.dials[name] = factor
-    return f"{name} {'doubled' if by > 1 else 'halved'}"
+    return f"{name} doubled"

@@ -367,7 +367,7 @@ ILLNESSES: tuple[Illness, ...] = (
         posterior_collapse,
         "the latent code tells {nats:.2f} nats about a picture, next to nothing",
         "lower beta, let it rise slowly from 0, or give free nats",
-        ("lower_beta",),
+        (),
         "Bowman et al. 2016 (arXiv:1511.06349)",
     ),
     Illness(
