@@ -301,7 +301,7 @@ def _reasons(file: Path | BinaryIO) -> Iterator[BinaryIO]:
     except PermissionError:
         raise Unusable("permission denied") from None
     except FileNotFoundError:
-        raise Unusable("not there any more") from None
+        raise Unusable("no such file") from None
     except MemoryError:
         raise Unusable("too large for the memory") from None
     except Exception as error:  # decoders throw anything: SyntaxError, struct.error, IndexError, OverflowError, ...

@@ -89,13 +89,14 @@ def require_walk(family: Family, frames: int, labels: Sequence[Wish]) -> None:
             f"--interpolate {frames} with -n {len(labels)} is {frames * len(labels)} frames; "
             f"at most {MAX_FRAMES} are drawn. Lower one of them."
         )
+    kinds, option = ("prompts", "--prompt") if isinstance(labels[0], str) else ("classes", "--label")
     if (
         len(set(labels)) > 1
         and (family.num_classes or isinstance(labels[0], str))
         and not isinstance(family, StyleSpace)
     ):
         raise UsageError(
-            "--interpolate: between two classes or prompts of this model is nothing. Choose one with --label, --prompt."
+            f"--interpolate: this model draws nothing between two {kinds}. Choose one with {option}, for all pictures."
         )
 
 

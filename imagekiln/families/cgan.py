@@ -60,8 +60,8 @@ class Cgan(Family):
         super().__init__(config, image_shape, num_classes)
         if not num_classes:
             raise RecipeError(
-                "A conditional GAN needs to know the class of its pictures, and these have no labels: give every class "
-                "a folder of its own, or train a family that needs none, such as dcgan."
+                "A conditional GAN needs to know the class of its pictures, and these have no labels: put them into a "
+                "folder a class, two folders or more, or train a family that needs none, such as dcgan."
             )
         if config.objective == "hinge" and (config.smooth_real or config.smooth_fake):
             raise RecipeError(

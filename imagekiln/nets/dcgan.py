@@ -41,7 +41,7 @@ def halvings(image_shape: tuple[int, int, int]) -> tuple[int, tuple[int, int]]:
     mend = " and ".join(f"{min(sizes)} or {max(sizes)} for {side}" for side, sizes in near.items() if side not in sizes)
     raise RecipeError(
         f"A DCGAN cannot draw pictures of {height} x {width} pixels: height and width must be 4, 5, 6 or 7 doubled "
-        f"equally often. Possible near by: {mend or f'squares of {height} or {width}'}."
+        f"equally often. Possible near by: {mend or f'squares of {height} or {width}'}. Set data.size to one of these."
     )
 
 

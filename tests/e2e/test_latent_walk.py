@@ -89,7 +89,7 @@ def test_truncation_and_who_has_it(cli, reference, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
-        (["--interpolate", "8"], ["--label"]),
+        (["--interpolate", "8"], ["nothing between two classes", "--label"]),
         (["--interpolate", "1", "--label", "3"], ["2 or more frames"]),
         (["--interpolate", "8", "-n", "1"], ["at least 2 pictures"]),
         (["--interpolate", "900", "--label", "3"], ["at most 2000"]),
@@ -131,7 +131,7 @@ def test_projections_that_cannot_be(cli, reference, tmp_path: Path) -> None:
     Image.new("L", (20, 30), 100).save(picture)
     text.write_text("hello")
     cli("project", run, text, "--out", out).refused(3, "text.png", "cannot be used")
-    cli("project", run, tmp_path / "none.png", "--out", out).refused(3, "none.png")
+    cli("project", run, tmp_path / "none.png", "--out", out).refused(3, "none.png cannot be used: no such file")
     cli("project", tmp_path, picture, "--out", out).refused(2, "not a run folder")
     cli("project", run, picture, "--out", out, "--label", "eleven").refused(2, "eleven")
     cli("project", reference("vqvae"), picture, "--out", out).refused(2, "cannot be searched")

@@ -100,7 +100,7 @@ def test_losses_are_the_closed_forms(objective):
 
 
 def test_a_set_without_labels_is_refused_in_one_sentence():
-    with pytest.raises(RecipeError, match="no labels: give every class a folder") as caught:
+    with pytest.raises(RecipeError, match="no labels: put them into a folder a class, two") as caught:
         family(num_classes=0)
     assert caught.value.exit_code == 2
 

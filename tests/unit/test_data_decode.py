@@ -393,7 +393,7 @@ def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
         def read(self, size: int | None = -1) -> bytes:
             raise PermissionError(13, "Permission denied")
 
-    for file, reason in ((Denied(), "permission denied"), (tmp_path / "gone.png", "not there any more")):
+    for file, reason in ((Denied(), "permission denied"), (tmp_path / "gone.png", "no such file")):
         with pytest.raises(Unusable, match=reason):
             open_safely(file)
     with pytest.raises(Unusable, match="not a regular file"):

@@ -411,5 +411,5 @@ def test_shards_are_data(tmp_path: Path) -> None:
 def test_own_pictures_are_opened_or_named(tmp_path: Path) -> None:
     lay(tmp_path, 1)
     assert open_own(tmp_path / "000.png").size == (16, 16)
-    with pytest.raises(DataError, match=r"gone\.png cannot be read: not there any more"):
+    with pytest.raises(DataError, match=r"gone\.png cannot be read: no such file"):
         open_own(tmp_path / "gone.png")
