@@ -218,6 +218,8 @@ class Trainer:
         self.restore()
         self.state.attempt += 1
         self._make_loader()
+        self._sums, self._tick_nimg = {}, self.state.nimg  # a rate is of what is learned from here on
+        self._restart_clock()
 
     # -- events -------------------------------------------------------------------------------------------------------
 

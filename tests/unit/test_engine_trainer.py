@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from pathlib import Path
 
 import pytest
@@ -295,6 +296,17 @@ def test_going_back_finds_the_weights_of_the_best_moment_before(tmp_path: Path) 
     steps(made, 2).save()
     assert made.run.weights() == made.run.weights_path(8, average)
     assert not made.run.weights_path(24, average).is_file()
+
+
+def test_what_was_gone_back_on_is_no_part_of_a_rate(tmp_path: Path) -> None:
+    made = steps(trainer(tmp_path), 1)
+    made.save()
+    steps(made, 3)
+    made._tick_nimg, made._tick_sec = made.state.nimg, time.monotonic()
+    made.go_back(8)
+    steps(made, 1)._tick(time.monotonic())
+    row = made.run.stats()[-1]
+    assert row["nimg"] == 16 and row["img_per_sec"] > 0
 
 
 def hot(folder: Path, temperature: float, schedule: str = "constant", name: str = "sgd", total_kimg: float = 0.16):
