@@ -434,6 +434,14 @@ def test_a_planted_collapse_is_told_once_with_its_picture(watched: Trainer) -> N
     assert watched.state.nimg == 51_200 and not watched.state.doctor.lr and watched.state.attempt == 0
 
 
+def test_the_picture_is_of_now_and_not_of_an_earlier_attempt(watched: Trainer) -> None:
+    path = watched.run.sample_path(watched.state.nimg)
+    drawn = path.read_bytes()
+    path.write_bytes(b"of another attempt")
+    assert watched.doctor is not None and watched.doctor._picture() == f"samples/{path.name}"
+    assert path.read_bytes() == drawn
+
+
 def test_watching_changes_no_bit(tmp_path: Path, watched: Trainer) -> None:
     unwatched = trainer(tmp_path, "off")
     unwatched.fit()

@@ -235,12 +235,12 @@ class Doctor:
         self.patient.save()
 
     def _picture(self) -> str | None:
-        """The preview of this moment, drawn if there is none yet: its path inside the run folder."""
+        """The preview of this moment: its path inside the run folder. One that is there already may be older than a
+        going back, so it is drawn anew."""
         if not self.patient.family.draws:
             return None
         path: Path = self.patient.run.sample_path(self.patient.state.nimg)
-        if not path.is_file():
-            self.patient.preview()
+        self.patient.preview()
         return path.relative_to(self.patient.run.path).as_posix()
 
     def _tell(self, event: dict[str, Any]) -> None:
