@@ -25,7 +25,9 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.nn.utils import parametrizations
 
 import imagekiln
 from imagekiln.config import DataConfig, EvalConfig, TrainConfig
@@ -209,6 +211,26 @@ def test_settings_exist() -> None:
     for page in PAGES:
         for section, name in re.findall(r"`[^`\n]*?\b(data|train|eval)\.([a-z_]+)", page.read_text(encoding="utf-8")):
             assert name in sections[section].model_fields or name in files, f"{title(page)} names {section}.{name}"
+
+
+PUBLISHED = re.findall(
+    r"^\| `(\w+)` \| (32|64) \| (.*?) ?\| ([\d.]+), ([\d.]+) \|$",
+    (ROOT / "docs" / "guide" / "gans.md").read_text(encoding="utf-8"),
+    flags=re.M,
+)
+
+
+@pytest.mark.parametrize(("family", "pixels", "settings", "draws", "judges"), PUBLISHED)
+def test_published_networks_have_the_size_that_the_page_says(
+    family: str, pixels: str, settings: str, draws: str, judges: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parametrizations._SpectralNorm, "_power_method", lambda *_: None)  # nothing to iterate on
+    recipe = recipes.resolve(family, assignments=re.findall(r"`(.+?)`", settings))
+    with torch.device("meta"):
+        built = recipes.build(recipe, (3, int(pixels), int(pixels)), 10 if family == "biggan" else 0)
+    nets = (getattr(built, name) for name in ("generator", "critic" if hasattr(built, "critic") else "discriminator"))
+    million = [f"{sum(parameter.numel() for parameter in net.parameters()) / 1e6:.2f}" for net in nets]
+    assert million == [draws, judges]
 
 
 def test_pages_are_short() -> None:
