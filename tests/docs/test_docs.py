@@ -13,6 +13,7 @@ The blocks of a page share a temporary folder, which holds `photos`, and a names
 from __future__ import annotations
 
 import doctest
+import importlib
 import importlib.util
 import json
 import re
@@ -231,6 +232,14 @@ def test_published_networks_have_the_size_that_the_page_says(
     nets = (getattr(built, name) for name in ("generator", "critic" if hasattr(built, "critic") else "discriminator"))
     million = [f"{sum(parameter.numel() for parameter in net.parameters()) / 1e6:.2f}" for net in nets]
     assert million == [draws, judges]
+
+
+def test_parts_for_families_of_your_own_exist() -> None:
+    page = (ROOT / "docs" / "guide" / "gans.md").read_text(encoding="utf-8")
+    (paragraph,) = re.findall(r"(?s)^Not settings but parts.*?\n\n", page, flags=re.M)
+    modules = [importlib.import_module(name) for name in re.findall(r"`(imagekiln\.[\w.]+)`", paragraph)]
+    for name in re.findall(r"`(\w+)`", paragraph):
+        assert any(hasattr(module, name) for module in modules), name
 
 
 def test_pages_are_short() -> None:
