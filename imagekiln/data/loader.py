@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imagekiln.core import Batch, Source
+from imagekiln.core import Batch, Source, sent
 from imagekiln.data.augment import words
 from imagekiln.data.buckets import BucketOrder, shuffled
 from imagekiln.errors import DataError
@@ -75,9 +75,9 @@ class Loader:
         indices = self.order(position, self.size).tolist()
         read = self.source.read(indices)
         text = read.text if self.text is None else self.text(indices, self.seed, position)
-        images_BCHW, augment_BA = to_float(read.images.to(self.device)), None
+        images_BCHW, augment_BA = to_float(sent(read.images, self.device)), None
         if self.flip:
-            mirrored_B = torch.from_numpy(self._mirrored(position)).to(self.device)
+            mirrored_B = sent(torch.from_numpy(self._mirrored(position)), self.device)
             images_BCHW = torch.where(mirrored_B[:, None, None, None], images_BCHW.flip(-1), images_BCHW)
         if self.augment is not None:
             images_BCHW, augment_BA = self.augment(images_BCHW, position)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from imagekiln.config import DataAugmentConfig, DataConfig
-from imagekiln.core import Source
+from imagekiln.core import Source, sent
 from imagekiln.data import Loader
 from imagekiln.data.ahead import Ahead
 from imagekiln.data.augment import draw, labels
@@ -66,7 +66,7 @@ class Augment:
         """images_BCHW float32 in [-1, 1] from `position` on: (changed images_BCHW, augment_BA float32)."""
         size = images_BCHW.shape[2], images_BCHW.shape[3]
         changes = draw(self.config, self.seed, position, len(images_BCHW), size)
-        return apply(images_BCHW, changes), labels(changes, size).to(images_BCHW.device)
+        return apply(images_BCHW, changes), sent(labels(changes, size), images_BCHW.device)
 
 
 @torch.no_grad()
@@ -133,8 +133,8 @@ def _quarters(degrees_B: np.ndarray, square: bool) -> tuple[np.ndarray, np.ndarr
 
 
 def _to(images: Tensor, values: np.ndarray) -> Tensor:
-    return torch.from_numpy(values).to(images.device)
+    return sent(torch.from_numpy(values), images.device)
 
 
 def _real(images: Tensor, values: np.ndarray) -> Tensor:
-    return torch.from_numpy(values.astype(np.float32)).to(images.device)
+    return sent(torch.from_numpy(values.astype(np.float32)), images.device)

@@ -67,6 +67,15 @@ def place(family: Family, device: torch.device) -> Family:
     return family.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
+def compile_parts(family: Family) -> None:
+    """Compile what is trained, in place; what does not compile runs as it is."""
+    import torch._dynamo  # a second of import that only this needs
+
+    torch._dynamo.config.suppress_errors = True
+    for name in dict.fromkeys(name for phase in family.phases for name in phase.trains):
+        family.get_submodule(name).compile()
+
+
 def describe(device: torch.device) -> str:
     """The device in words, for the run's meta data."""
     if device.type == "cuda":

@@ -23,6 +23,7 @@ from imagekiln.core import Family, Phase, Progress, Source, half_cosine, mix
 from imagekiln.engine import augment, checkpoint, device, pictures, validation
 from imagekiln.engine.doctor import Doctor
 from imagekiln.engine.generate import draw, invents, labels_for
+from imagekiln.engine.guard import Guard
 from imagekiln.engine.inputs import examples, in_words
 from imagekiln.engine.models import save_weights
 from imagekiln.engine.run import Run
@@ -67,12 +68,13 @@ class Trainer:
             for average in self.config.averages
         }
         self.twin = twin_of(self.family)
+        self.guard = Guard(late=self.device.type == "cuda")
         self._open: str | None = None
         self._sums: dict[str, list[Tensor]] = {}
         self._make_loader()
         self.doctor = Doctor(self, held_out, self._precision) if self.config.doctor != "off" else None
         if self.config.compile == "on" or (self.config.compile == "auto" and self.device.type == "cuda"):
-            self._compile()
+            device.compile_parts(self.family)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -119,15 +121,15 @@ class Trainer:
         if whole:
             for average in self.averages.values():
                 average.update(self.followed, self.state.nimg, self.images_per_step)
-        else:
-            self._skipped()
+        self.guard.close(self.state.nimg)
+        self._look_back(self.state.nimg >= self.total_nimg)
 
     def _update(self, phase: Phase, turn: int, progress: Progress) -> bool:
-        """Differentiate one phase's loss and step its optimizer; False when loss or gradient was not finite."""
+        """Differentiate one phase's loss and step its optimizer; False where the host knows that it was left out."""
         self._unfreeze(phase)
         optimizer = self.optimizers[phase.optimizer]
         optimizer.zero_grad(set_to_none=True)
-        finite, slot = True, 0
+        finite, slot = list[Tensor](), 0
         while slot < self.state.accumulate:
             position = progress.nimg + turn * self.config.batch + slot * self.loader.size
             try:
@@ -140,14 +142,14 @@ class Trainer:
                 if not is_out_of_memory(error):
                     raise
                 self._split_batches(optimizer, error)
-                slot = 0
+                finite, slot = [], 0
                 continue
-            finite = finite and bool(torch.isfinite(loss.total.detach()))
+            finite.append(torch.isfinite(loss.total.detach()))
             self._note(phase.name, {"loss": loss.total, **loss.parts})
             slot += 1
         norm = self._clip([p for _, p in self.params[phase.optimizer] if p.grad is not None])
         self._note(phase.name, {"grad_norm": norm})
-        if not (finite and bool(torch.isfinite(norm))):
+        if self.guard.leaves_out(optimizer, torch.stack([*finite, torch.isfinite(norm)]).all()):
             optimizer.zero_grad(set_to_none=True)
             return False
         middle = (progress.nimg + self.images_per_step / 2) / self.total_nimg  # of this step, so that none is at 0
@@ -190,10 +192,15 @@ class Trainer:
 
     # -- when numbers stop being finite -------------------------------------------------------------------------------
 
-    def _skipped(self) -> None:
-        window = self.state.nimg - SKIP_WINDOW_STEPS * self.images_per_step
-        self.state.skipped_nimg = [n for n in self.state.skipped_nimg if n > window] + [self.state.nimg]
-        self._notice("non-finite", f"Loss or gradient was not finite after {self.state.nimg} images; step left out.")
+    def _look_back(self, everything: bool = True) -> None:
+        """Steps that are known to have been left out, or all of them before something is kept."""
+        for nimg in self.guard.bad(everything):
+            self._skipped(nimg)
+
+    def _skipped(self, nimg: int) -> None:
+        window = nimg - SKIP_WINDOW_STEPS * self.images_per_step
+        self.state.skipped_nimg = [n for n in self.state.skipped_nimg if n > window] + [nimg]
+        self._notice("non-finite", f"Loss or gradient was not finite after {nimg} images; step left out.")
         if len(self.state.skipped_nimg) < SKIPS_BEFORE_ROLLBACK:
             return
         # A checkpoint from within the bad stretch holds the weights that led there.
@@ -203,7 +210,7 @@ class Trainer:
             checkpoint.forget_after(self.run.checkpoints, before_nimg)
             self._status("diverged")
             raise Diverged(
-                f"The training left the finite numbers {rollbacks} times, at last after {self.state.nimg} images. "
+                f"The training left the finite numbers {rollbacks} times, at last after {nimg} images. "
                 "Lower optim.*.lr, set train.precision = 'fp32', or look at the pictures; "
                 "the last good checkpoint is kept."
             )
@@ -216,6 +223,7 @@ class Trainer:
         """Continue from the newest checkpoint of at most `nimg` images, with other seeds; later ones are deleted."""
         checkpoint.forget_after(self.run.checkpoints, nimg)
         self.restore()
+        self.guard.forget()
         self.state.attempt += 1
         self._make_loader()
         self._sums, self._tick_nimg = {}, self.state.nimg  # a rate is of what is learned from here on
@@ -366,6 +374,7 @@ class Trainer:
 
     def save(self, verify: bool = False) -> None:
         """Write a checkpoint of this moment, and weights to draw with."""
+        self._look_back()
         if self.doctor:
             self.doctor.write_down()
         parts = {"model": dict(self.family.state_dict()), "optimizer": self.optimizer_tensors()}
@@ -484,11 +493,3 @@ class Trainer:
         seed, whole = mix(self.config.seed, self.state.attempt), self.config.batch
         data, batch = self.recipe.data, whole // self.state.accumulate
         self.loader = augment.loader(data, self.train_source, seed, batch, self.device, whole)
-
-    def _compile(self) -> None:
-        """Compile the trained modules in place; what does not compile runs as it is."""
-        import torch._dynamo  # a second of import that only this needs
-
-        torch._dynamo.config.suppress_errors = True
-        for name in dict.fromkeys(name for phase in self.family.phases for name in phase.trains):
-            self.family.get_submodule(name).compile()

@@ -29,7 +29,7 @@ from torch import Tensor
 from imagekiln.config import FamilyConfig, Fraction
 from imagekiln.core import Batch, Condition, Family, Loss, Phase, Progress
 from imagekiln.nets.adversarial import drift, gradient_penalty, linear_generator, wasserstein_critic
-from imagekiln.nets.pggan import Discriminator, Generator, enlarged, level_at, shrunk
+from imagekiln.nets.pggan import Discriminator, Generator, enlarged, held, hold, level_at, shrunk
 
 DRIFT_WEIGHT = 1e-3
 
@@ -99,10 +99,10 @@ class PgGan(Family):
         return {"gamma": self.gamma}
 
     def after_step(self, progress: Progress) -> None:
-        self.generator.level.fill_(self.level(progress))
+        hold(self.generator.level, self.level(progress))
 
     def level(self, progress: Progress) -> float:
         """What is in use: as many stages as are due, and never fewer than there were."""
         stages, config = self.generator.plan, self.config
         due = level_at(progress.fraction, stages.first, stages.last, config.growing_fraction, config.fade_fraction)
-        return max(due, float(self.generator.level))
+        return max(due, held(self.generator.level))

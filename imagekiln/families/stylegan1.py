@@ -30,7 +30,7 @@ from imagekiln.config import AugmentConfig, FamilyConfig, Fraction, Section
 from imagekiln.core import Batch, Condition, Family, Loss, Phase, Progress
 from imagekiln.nets.adversarial import cross_entropy_critic, non_saturating_generator, zero_centred_penalty
 from imagekiln.nets.augmentation import Augmentation
-from imagekiln.nets.pggan import Discriminator, enlarged, level_at, shrunk
+from imagekiln.nets.pggan import Discriminator, enlarged, held, hold, level_at, shrunk
 from imagekiln.nets.stylegan1 import Generator
 
 
@@ -130,13 +130,13 @@ class StyleGan1(Family):
 
     def after_step(self, progress: Progress) -> None:
         self.augment.adapt(progress.fraction)
-        self.generator.level.fill_(self.level(progress))
+        hold(self.generator.level, self.level(progress))
 
     def level(self, progress: Progress) -> float:
         """What is in use: as many stages as are due, and never fewer than there were."""
         stages, config = self.generator.plan, self.config
         due = level_at(progress.fraction, stages.first, stages.last, config.growing_fraction, config.fade_fraction)
-        return max(due, float(self.generator.level))
+        return max(due, held(self.generator.level))
 
     def _fakes(self, batch: Batch, level: float, *, track: bool = False) -> Tensor:
         """As many fakes as there are real pictures, some of them with two styles."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, conv_transpose2d, interpolate, leaky_relu, linear, one_hot
+from torch.nn.functional import conv2d, conv_transpose2d, interpolate, leaky_relu, linear
 from torch.nn.grad import conv2d_weight
 
 LEAK = 0.2
@@ -258,5 +258,5 @@ def class_shares(labels_B: Tensor | None, num_classes: int, batch: int, like: Te
     anything = like.new_full((batch, num_classes), 1 / num_classes)
     if labels_B is None:
         return anything
-    rows = one_hot(labels_B.clamp(min=0), num_classes).to(like)
+    rows = (labels_B[:, None] == torch.arange(num_classes, device=labels_B.device)).to(like)
     return torch.where((labels_B < 0)[:, None], anything, rows)

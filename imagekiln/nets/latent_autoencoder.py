@@ -213,11 +213,11 @@ class LatentMoments(nn.Module):
             return
         fresh = [torch.stack(values).mean(0) for values in zip(*self._seen, strict=True)]
         self._seen = []
-        if not all(bool(value.isfinite().all()) for value in fresh):
-            return
+        finite = torch.stack(fresh).isfinite().all()
+        share = torch.where(self.started, 1 - self.decay, 1.0)
         for average, value in zip((self.mean, self.square), fresh, strict=True):
-            average.lerp_(value, 1 - self.decay if self.started else 1.0)
-        self.started.fill_(True)
+            average.lerp_(torch.where(finite, value, average), share.to(average))
+        self.started.logical_or_(finite)
 
     def spread(self, noise_BZhw: Tensor) -> Tensor:
         """Standard normal noise brought to the latents' mean and standard deviation."""

@@ -26,9 +26,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from imagekiln.errors import RecipeError
 from imagekiln.nets.dcgan import halvings
@@ -102,6 +104,29 @@ def level_at(fraction: float, first: int, last: int, growing: float, fade: float
     done = math.floor(stages)
     alpha = (stages - done - (1 - fade)) / fade if fade else 0.0
     return first + done + min(1.0, max(0.0, alpha))
+
+
+def held(level: Tensor) -> float:
+    """The level in a network's buffer; read from its device only if it was written to since it was last read.
+
+    >>> level = torch.tensor(0.0)
+    >>> held(level), held(level.fill_(1.5))
+    (0.0, 1.5)
+    """
+    version, value = _read.get(level, (-1, 0.0))
+    if version != level._version:
+        value = float(level)
+        _read[level] = level._version, value
+    return value
+
+
+def hold(level: Tensor, value: float) -> None:
+    """Write the level of a network into its buffer, so that nobody has to read it."""
+    level.fill_(value)
+    _read[level] = level._version, float(np.float32(value))  # rounded as the buffer rounds it
+
+
+_read = WeakTensorKeyDictionary()
 
 
 def stage_at(level: float) -> tuple[int, float]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from imagekiln import api
+from imagekiln import api, testing
+from imagekiln.core import Loss
 from imagekiln.engine import checkpoint, registry
 from imagekiln.engine.generate import draw
 from imagekiln.engine.models import load_model
@@ -45,6 +46,38 @@ def test_resume_is_exact(name: str, tmp_path: Path) -> None:
     ours, theirs = (checkpoint.load(checkpoint.stored(run.checkpoints)[0]).parts for run in (whole, again))
     for part, tensors in ours.items():
         assert all(torch.equal(value, theirs[part][key]) for key, value in tensors.items()), part
+
+
+@pytest.mark.parametrize("name", ["dcgan", "r3gan", "stylegan2", "diffusion"])
+def test_no_step_waits_for_the_device(name: str, tmp_path: Path) -> None:
+    trainer = testing._trainer(name, tmp_path, 100, {"train": {"device": "cuda"}})
+    for _ in range(4):  # what is done once: memory is found, kernels are chosen
+        trainer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            trainer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_that_is_left_out_leaves_everything_as_it_is(tmp_path: Path) -> None:
+    """On the device, and the host hears of it later."""
+    trainer = testing._trainer("dcgan", tmp_path, 100, {"train": {"device": "cuda"}})
+    for _ in range(4):
+        trainer.step()
+    before = {name: value.clone() for name, value in trainer.family.named_parameters()}
+    spoilt = trainer.family.loss
+
+    def bad(*given: object) -> Loss:
+        told = spoilt(*given)  # type: ignore[arg-type]
+        return Loss(told.total * float("nan"), told.parts)
+
+    trainer.family.loss = bad  # type: ignore[method-assign]
+    trainer.step()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.family.named_parameters())
+    trainer.save()
+    assert trainer.state.skipped_nimg == [trainer.state.nimg]
 
 
 def test_peak_memory_is_reported(tmp_path: Path) -> None:

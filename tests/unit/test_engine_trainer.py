@@ -11,6 +11,7 @@ import torch
 
 from imagekiln.config import FamilyConfig, Recipe, write_toml
 from imagekiln.core import Family, Loss, Phase
+from imagekiln.engine.guard import Guard
 from imagekiln.engine.run import Run
 from imagekiln.engine.tracker import Silent
 from imagekiln.engine.trainer import Trainer
@@ -307,6 +308,53 @@ def test_what_was_gone_back_on_is_no_part_of_a_rate(tmp_path: Path) -> None:
     steps(made, 1)._tick(time.monotonic())
     row = made.run.stats()[-1]
     assert row["nimg"] == 16 and row["img_per_sec"] > 0
+
+
+def adam(folder: Path, bad: dict[int, float], late: bool) -> Trainer:
+    """A training whose loss is multiplied by what `bad` says after so many images."""
+
+    class Spoilt(Linear):
+        def loss(self, phase, batch, progress):
+            told = super().loss(phase, batch, progress)
+            return Loss(told.total * bad.get(progress.nimg, 1.0))
+
+    made = trainer(folder, Spoilt(), optimizer={"name": "adam"})
+    made.guard = Guard(late)
+    return made
+
+
+def test_an_update_is_left_out_also_where_the_host_hears_of_it_later(tmp_path: Path) -> None:
+    """Weights and what Adam remembers are those of a training without that step, early and late."""
+    soon, late = (steps(adam(tmp_path, {16: float("nan")}, late), 4) for late in (False, True))
+    told = {True: late.run.events(), False: soon.run.events()}
+    assert [event["kind"] for event in told[False]] == ["non-finite"] and not told[True]
+    late.save()
+    assert [event["sentence"] for event in late.run.events()] == [event["sentence"] for event in told[False]]
+    assert late.state.skipped_nimg == soon.state.skipped_nimg == [24]
+    assert torch.equal(weights(soon), weights(late))
+    ours, theirs = soon.optimizer_tensors(), late.optimizer_tensors()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_going_back_is_the_same_whenever_it_is_heard_of(tmp_path: Path) -> None:
+    ended = []
+    for late in (False, True):
+        once = {16: float("inf"), 24: float("nan"), 32: float("nan")}
+        made = adam(tmp_path, once, late)
+        made.save()
+        while made.state.nimg < 64:
+            made.step()
+            if made.state.rollbacks:
+                once.clear()
+        assert (made.state.rollbacks, made.state.lr_scale, made.state.attempt) == (1, 0.5, 1)
+        ended.append(made)
+    assert torch.equal(weights(ended[0]), weights(ended[1]))
+
+
+def test_the_last_step_is_looked_at_before_a_training_ends(tmp_path: Path) -> None:
+    made = adam(tmp_path, {152: float("nan")}, late=True)
+    made.fit()
+    assert [event["kind"] for event in made.run.events()] == ["non-finite"]
 
 
 def hot(folder: Path, temperature: float, schedule: str = "constant", name: str = "sgd", total_kimg: float = 0.16):

@@ -1,0 +1,44 @@
+"""No training step waits for its device: on a GPU, reading one number stops the host until all work is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from imagekiln import testing
+from imagekiln.engine import registry
+from imagekiln.engine.guard import LAG_STEPS, Guard
+
+WAITS = {"wgan": "RMSprop cannot be told to leave a step out", "vqvae": "codes that are not in use are counted"}
+
+
+class NoReading(TorchDispatchMode):
+    """Stands for a device: whoever asks a tensor for its number fails."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a number was read from a tensor"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [name for name in registry.names() if name not in WAITS])
+def test_a_step_reads_no_number(name: str, tmp_path: Path) -> None:
+    trainer = testing._trainer(name, tmp_path, steps=100)
+    trainer.step()  # what is read once a run
+    trainer.guard = Guard(late=True)
+    with NoReading():
+        for _ in range(LAG_STEPS):  # then the first answers are read, which have long arrived
+            trainer.step()
+    assert trainer.state.nimg == (1 + LAG_STEPS) * trainer.images_per_step
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_who_waits_still_does(name: str, tmp_path: Path) -> None:
+    """So that the list above does not outlive its reasons."""
+    trainer = testing._trainer(name, tmp_path, steps=100)
+    trainer.guard = Guard(late=True)
+    with NoReading(), pytest.raises(AssertionError, match="a number was read"):
+        trainer.step()
