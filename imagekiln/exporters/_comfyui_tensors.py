@@ -1,7 +1,7 @@
 """Weights under the names and in the sizes that ComfyUI knows, filled up so that nothing is computed differently.
 
-See `comfyui` for why that is exact. Names of Stable Diffusion 1.5 are those of its first publication (Rombach et al.
-2022, arXiv:2112.10752), those of the tiny autoencoder count the layers of two plain sequences.
+See `comfyui` for why that is exact. Names of Stable Diffusion 1.5 are those of its first publication (`_classical`),
+those of the tiny autoencoder count the layers of two plain sequences.
 
 Shapes: B pictures, Z latent channels, h rows, w columns.
 """
@@ -9,13 +9,14 @@ Shapes: B pictures, Z latent channels, h rows, w columns.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from imagekiln.errors import UsageError
+from imagekiln.exporters import _classical
 from imagekiln.exporters import _comfyui_rules as rules
 from imagekiln.exporters._coder import folded
 
@@ -59,53 +60,7 @@ def unet(net: Any, words: int) -> dict[str, Tensor]:
     tensors["conv_in.weight"] = filled(tensors["conv_in.weight"], len(tensors["conv_in.bias"]), rules.SD15_CHANNELS)
     for name in ("conv_out.weight", "conv_out.bias"):
         tensors[name] = filled(tensors[name], rules.SD15_CHANNELS)
-    places = list(_unet_places(len(net.config.block_out_channels)))
-    return {_renamed(name, places): tensor for name, tensor in tensors.items()}
-
-
-def unet_back(tensors: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
-    """The same weights under the names of diffusers again."""
-    places = [(theirs, ours) for ours, theirs in _unet_places(levels)]
-    return {_renamed(name, places): tensor for name, tensor in tensors.items()}
-
-
-RESIDUAL = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-
-
-def _unet_places(levels: int) -> Iterator[tuple[str, str]]:
-    """Beginnings of names in diffusers and in the first publication, of a U-Net with one block a level."""
-    yield from (("time_embedding.linear_1.", "time_embed.0."), ("time_embedding.linear_2.", "time_embed.2."))
-    yield from (("conv_in.", "input_blocks.0.0."), ("conv_norm_out.", "out.0."), ("conv_out.", "out.2."))
-
-    def residual(ours: str, theirs: str) -> Iterator[tuple[str, str]]:
-        for one, other in RESIDUAL.items():
-            yield f"{ours}.{one}.", f"{theirs}.{other}."
-
-    for level in range(levels):
-        place = 1 + 2 * level
-        yield from residual(f"down_blocks.{level}.resnets.0", f"input_blocks.{place}.0")
-        yield f"down_blocks.{level}.attentions.0.", f"input_blocks.{place}.1."
-        yield f"down_blocks.{level}.downsamplers.0.conv.", f"input_blocks.{place + 1}.0.op."
-    yield from residual("mid_block.resnets.0", "middle_block.0")
-    yield "mid_block.attentions.0.", "middle_block.1."
-    yield from residual("mid_block.resnets.1", "middle_block.2")
-    for block in range(levels):
-        for turn in range(2):
-            place = 2 * block + turn
-            yield from residual(f"up_blocks.{block}.resnets.{turn}", f"output_blocks.{place}.0")
-            yield f"up_blocks.{block}.attentions.{turn}.", f"output_blocks.{place}.1."
-        yield f"up_blocks.{block}.upsamplers.0.conv.", f"output_blocks.{2 * block + 1}.2.conv."
-
-
-def _renamed(name: str, places: list[tuple[str, str]]) -> str:
-    return next((other + name.removeprefix(one) for one, other in places if name.startswith(one)), name)
+    return _classical.unet(tensors, net.config.layers_per_block)
 
 
 # -- autoencoders -----------------------------------------------------------------------------------------------------

@@ -33,7 +33,16 @@ from imagekiln.engine.codec import Codec
 from imagekiln.engine.models import Model
 from imagekiln.engine.run import Run, write_whole
 from imagekiln.errors import UsageError
-from imagekiln.exporters import _coder, _comfyui_node, _comfyui_rules, _comfyui_tensors, _folder, _pipelines, _tuned
+from imagekiln.exporters import (
+    _classical,
+    _coder,
+    _comfyui_node,
+    _comfyui_rules,
+    _comfyui_tensors,
+    _folder,
+    _pipelines,
+    _tuned,
+)
 from imagekiln.exporters._card import write_card
 from imagekiln.nets.conditioned import Transformer
 from imagekiln.nets.libraries import quietly
@@ -211,7 +220,7 @@ def _difference(model: Model, path: Path, node: Path, found: dict[str, Any]) -> 
         sizes |= {"joint_attention_dim": found["words"], "pooled_projection_dim": found["whole"]}
     else:
         sizes["cross_attention_dim"] = found["words"]
-        tensors = _comfyui_tensors.unet_back(tensors, len(found["widths"]))
+        tensors = _classical.unet_back(tensors, len(found["widths"]), net.config.layers_per_block)
     with quietly():
         theirs = type(net).from_config(dict(net.config) | sizes).eval()
         theirs.load_state_dict(tensors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 
@@ -13,27 +12,13 @@ from safetensors.torch import save_file
 
 from imagekiln.engine import bases
 from imagekiln.errors import RecipeError
-from imagekiln.exporters import _comfyui_tensors
+from imagekiln.exporters import _classical
 from imagekiln.nets.pretrained import Pretrained
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
 
-WORDS = 32
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-AUTOENCODER = (
-    (r"coder\.(down|up)_blocks\.", r"coder.\1."),
-    (r"\.resnets\.", ".block."),
-    (r"\.(down|up)samplers\.0\.", r".\1sample."),
-    (r"mid_block\.block\.0", "mid.block_1"),
-    (r"mid_block\.block\.1", "mid.block_2"),
-    (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
-    (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
-    (r"mid_block\.attentions\.0\.to_([qkv])", r"mid.attn_1.\1"),
-    (r"conv_norm_out", "norm_out"),
-    (r"conv_shortcut", "nin_shortcut"),
-)
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +38,9 @@ def single(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def published_tensors(base: Path) -> dict[str, torch.Tensor]:
     """The weights of a folder under the names that Stable Diffusion 1 was first published with."""
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
-    unet = _comfyui_tensors.unet(pipeline.unet, WORDS)
-    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in unet.items()}
-    levels = len(pipeline.vae.config.block_out_channels)
-    for name, tensor in pipeline.vae.state_dict().items():
-        for ours, theirs in AUTOENCODER:
-            name = re.sub(ours, theirs, name)
-        name = re.sub(r"decoder\.up\.(\d)", lambda found: f"decoder.up.{levels - 1 - int(found[1])}", name)
-        is_matrix = "attn_1" in name and tensor.ndim == 2
-        tensors[f"first_stage_model.{name}"] = tensor[:, :, None, None] if is_matrix else tensor
-    words = pipeline.text_encoder.state_dict()
-    tensors |= {f"cond_stage_model.transformer.text_model.{n.removeprefix('text_model.')}": t for n, t in words.items()}
+    networks = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    unet, coder, encoder = (network.state_dict() for network in networks)
+    tensors = _classical.checkpoint(unet, pipeline.unet.config.layers_per_block, coder, [encoder])
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 

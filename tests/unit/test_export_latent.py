@@ -360,8 +360,8 @@ def test_a_full_autoencoder_is_folded_and_filled(channels: int) -> None:
 
 def test_shapes_are_those_of_the_real_classes() -> None:
     """The rules write every name and shape out; the networks of diffusers must have them, renamed where needed."""
+    from imagekiln.exporters import _classical, _comfyui_tensors
     from imagekiln.exporters import _comfyui_rules as rules
-    from imagekiln.exporters import _comfyui_tensors
     from imagekiln.nets.conditioned import denoiser
     from imagekiln.nets.latent_autoencoder import build
 
@@ -373,7 +373,7 @@ def test_shapes_are_those_of_the_real_classes() -> None:
     renamed = rules.shapes_of(_comfyui_tensors.unet(unet.net, 768))
     assert renamed == rules.unet_shapes([320, 640, 1280])
     assert rules.denoiser(renamed)["widths"] == [320, 640, 1280]
-    assert set(_comfyui_tensors.unet_back(_comfyui_tensors.unet(unet.net, 768), 3)) == set(unet.net.state_dict())
+    assert set(_classical.unet_back(_comfyui_tensors.unet(unet.net, 768), 3, 1)) == set(unet.net.state_dict())
     whole = sum(math.prod(shape) for name, shape in rules.tiny_shapes(4).items() if name.startswith("taesd_"))
     assert whole == 2_445_063, "the size that is known of it"
     for network, factor in zip(full, (8, 4), strict=True):
