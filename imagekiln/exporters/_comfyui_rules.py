@@ -8,16 +8,21 @@ in shape is an error. These rules are stated for what is exported here:
     SD3    a transformer under the names of diffusers, 16 latent channels, patches of 2, as many layers as heads of 64
     SD15   a U-Net under the names of its first publication, 4 latent channels, 320 channels at the finest level,
            words of 768 numbers, 8 heads, projections by 1x1 convolutions
+    SDXL   the same with words of 2048 numbers, heads of 64, linear projections, told 2816 numbers of the whole text and
+           of sizes, and 0, 2 and 10 layers of attention at its levels
     TAESD  the tiny autoencoder, 64 channels wide, 3 blocks a level, 8 pixels a latent, colour pictures
     KL     `AutoencoderKL` under the names of diffusers, 128 channels at the finest level, 2 blocks a level, 8 or 4
            pixels a latent, colour pictures
+
+A whole model in one file holds one of the two U-Nets, the full autoencoder for 4 latent channels under the names of its
+first publication, and the text encoders of that U-Net: for SD15 the smaller one of CLIP, for XL that and the largest of
+OpenCLIP.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import count
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,10 +33,36 @@ Shapes = Mapping[str, Shape]
 
 HEAD, PATCH, TIME = 64, 2, 256
 SD3_CHANNELS, SD15_CHANNELS = 16, 4
-SD15_WIDTH, SD15_WORDS = 320, 768
+UNET_WIDTH, SD15_WORDS = 320, 768
 TINY_WIDTH, TINY_BLOCKS, TINY_LEVELS = 64, 3, 3
 KL_WIDTH, KL_BLOCKS = 128, 2
 KL_LEVELS = {8: (1, 2, 4, 4), 4: (1, 2, 4)}
+TOKENS, PLACES = 49408, 77
+
+
+class UNet(NamedTuple):
+    """What ComfyUI fixes of a kind of U-Net. heads: their number, or 0 where `head` numbers are one."""
+
+    words: int
+    linear: bool
+    told: int = 0
+    depths: tuple[int, ...] | None = None
+    heads: int = 0
+    head: int = HEAD
+
+
+class Text(NamedTuple):
+    """Sizes of a text encoder; the width within its layers is four times that of a token."""
+
+    width: int
+    layers: int
+
+
+UNETS = {
+    "SD15": UNet(SD15_WORDS, linear=False, heads=8),
+    "SDXL": UNet(2048, linear=True, told=2816, depths=(0, 2, 10)),
+}
+TEXTS = {"SD15": (Text(768, 12),), "SDXL": (Text(768, 12), Text(1280, 32))}
 
 
 def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Shape]:
@@ -118,37 +149,69 @@ def transformer_shapes(depth: int, words: int, whole: int, patches: int) -> dict
 
 def _unet(shapes: Shapes) -> dict[str, Any]:
     width, channels = shapes["input_blocks.0.0.weight"][:2]
-    if width != SD15_WIDTH or channels != SD15_CHANNELS:
+    if width != UNET_WIDTH or channels != SD15_CHANNELS:
         raise UsageError(
             f"ComfyUI would refuse this file: input_blocks.0.0.weight makes {width} channels of {channels}; it knows "
-            f"Stable Diffusion 1.5 with {SD15_WIDTH} of {SD15_CHANNELS}."
+            f"Stable Diffusion 1.5 and XL with {UNET_WIDTH} of {SD15_CHANNELS}."
         )
-    widths, looking, words = [], [], None
-    for block in count(1):
-        outgoing = shapes.get(f"input_blocks.{block}.0.out_layers.3.weight")
-        if outgoing is None and f"input_blocks.{block}.0.op.weight" not in shapes:
-            break
-        if outgoing is None:
-            continue
-        looks = f"input_blocks.{block}.1.proj_in.weight" in shapes
-        if looks and words is None:
-            words = shapes[f"input_blocks.{block}.1.transformer_blocks.0.attn2.to_k.weight"][1]
-        widths.append(outgoing[0])
-        looking.append(looks)
-    if words != SD15_WORDS or any(width % SD15_WIDTH for width in widths):
+    levels, words, linear = _levels(shapes)
+    widths, depths = [level[0] for level in levels], tuple(level[2] for level in levels)
+    told = shapes["label_emb.0.0.weight"][1] if "label_emb.0.0.weight" in shapes else 0
+    fitting = [
+        (model, known)
+        for model, known in UNETS.items()
+        if (known.words, known.linear, known.told) == (words, linear, told) and known.depths in (None, depths)
+    ]
+    if not fitting:
         raise UsageError(
-            f"ComfyUI would refuse this file: words of {words} numbers and levels of {widths} channels; it knows "
-            f"Stable Diffusion 1.5 with words of {SD15_WORDS} numbers and multiples of {SD15_WIDTH} channels."
+            f"ComfyUI would refuse this file: words of {words} numbers, {told} numbers told of the whole, and {depths} "
+            f"layers of attention at the levels; it knows Stable Diffusion 1.5 with words of {SD15_WORDS} numbers, and "
+            f"XL with {UNETS['SDXL'].words}, {UNETS['SDXL'].told} and {UNETS['SDXL'].depths}."
         )
-    if looking != [level > 0 for level in range(len(widths))]:
-        raise UsageError(f"The levels that look at the words are {looking}; every level but the finest was expected.")
-    _agree("SD15", shapes, unet_shapes(widths))
-    return {"model": "SD15", "channels": channels, "widths": widths, "words": words}
+    [(model, known)] = fitting
+    if any(width % UNET_WIDTH for width in widths):
+        raise UsageError(
+            f"ComfyUI would refuse this file: levels of {widths} channels; it knows multiples of {UNET_WIDTH}."
+        )
+    middle = sum(name.startswith("middle_block.1.") and name.endswith(".attn2.to_k.weight") for name in shapes)
+    _agree(model, shapes, unet_shapes(widths, levels[0][1], depths, middle, known))
+    return {"model": model, "channels": channels, "widths": widths, "words": words}
 
 
-def unet_shapes(widths: list[int]) -> dict[str, Shape]:
-    """Every name and shape of a U-Net with one block a level, whose finest level alone does not look at the words."""
+def _levels(shapes: Shapes) -> tuple[list[tuple[int, int, int]], int | None, bool]:
+    """(channels, blocks, layers of attention in one) of every level; numbers of a word; whether projections are
+    linear."""
+    levels, blocks, depth, width, place = [], 0, 0, 0, 0
+    words, linear = None, False
+    while True:
+        place += 1
+        outgoing = shapes.get(f"input_blocks.{place}.0.out_layers.3.weight")
+        if outgoing is None:
+            levels.append((width, blocks, depth))
+            blocks = 0
+            if f"input_blocks.{place}.0.op.weight" not in shapes:
+                return levels, words, linear
+            continue
+        width, blocks, depth, inside = outgoing[0], blocks + 1, 0, f"input_blocks.{place}.1."
+        while heard := shapes.get(f"{inside}transformer_blocks.{depth}.attn2.to_k.weight"):
+            words, linear = heard[1], len(shapes[f"{inside}proj_in.weight"]) == 2
+            depth += 1
+
+
+def unet_shapes(
+    widths: Sequence[int],
+    blocks: int = 1,
+    depths: Sequence[int] = (),
+    middle: int = 1,
+    known: UNet = UNETS["SD15"],
+) -> dict[str, Shape]:
+    """Every name and shape of a U-Net.
+
+    widths: channels of levels. blocks: a level, on the way down. depths: layers of attention of a block, by level; ()
+    = one, but none at the finest. middle: those of the block in the middle.
+    """
     first, last, time = widths[0], widths[-1], 4 * widths[0]
+    depths = depths or [min(level, 1) for level in range(len(widths))]
     shapes: dict[str, Shape] = {}
     linears: dict[str, Shape] = {
         "time_embed.0": (time, first),
@@ -157,54 +220,164 @@ def unet_shapes(widths: list[int]) -> dict[str, Shape]:
         "out.0": (first,),
         "out.2": (SD15_CHANNELS, first, 3, 3),
     }
+    if known.told:
+        linears |= {"label_emb.0.0": (time, known.told), "label_emb.0.2": (time, time)}
 
-    def block(where: str, before: int, after: int) -> None:
-        linears[f"{where}.in_layers.0"] = (before,)
-        linears[f"{where}.in_layers.2"] = (after, before, 3, 3)
-        linears[f"{where}.emb_layers.1"] = (after, time)
-        linears[f"{where}.out_layers.0"] = (after,)
-        linears[f"{where}.out_layers.3"] = (after, after, 3, 3)
-        if before != after:
-            linears[f"{where}.skip_connection"] = (after, before, 1, 1)
-
-    def attention(where: str, width: int) -> None:
-        inner = f"{where}.transformer_blocks.0."
-        linears[f"{where}.norm"] = (width,)
-        linears[f"{where}.proj_in"] = linears[f"{where}.proj_out"] = (width, width, 1, 1)
-        for turn, heard in (("attn1", width), ("attn2", SD15_WORDS)):
-            shapes[f"{inner}{turn}.to_q.weight"] = (width, width)
-            shapes[f"{inner}{turn}.to_k.weight"] = shapes[f"{inner}{turn}.to_v.weight"] = (width, heard)
-            linears[f"{inner}{turn}.to_out.0"] = (width, width)
-        linears[f"{inner}ff.net.0.proj"] = (8 * width, width)
-        linears[f"{inner}ff.net.2"] = (width, 4 * width)
-        for norm in ("norm1", "norm2", "norm3"):
-            linears[inner + norm] = (width,)
+    def block(where: str, before: int, after: int, depth: int) -> None:
+        linears.update(_residual_shapes(f"{where}.0", before, after, time))
+        if depth:
+            attention, bare = _attention_shapes(f"{where}.1", after, depth, known)
+            linears.update(attention)
+            shapes.update(bare)
 
     kept, place = [first], 1
     for level, width in enumerate(widths):
-        block(f"input_blocks.{place}.0", kept[-1], width)
-        if level:
-            attention(f"input_blocks.{place}.1", width)
-        kept.append(width)
-        place += 1
+        for _ in range(blocks):
+            block(f"input_blocks.{place}", kept[-1], width, depths[level])
+            kept.append(width)
+            place += 1
         if level < len(widths) - 1:
             linears[f"input_blocks.{place}.0.op"] = (width, width, 3, 3)
             kept.append(width)
             place += 1
-    block("middle_block.0", last, last)
-    attention("middle_block.1", last)
-    block("middle_block.2", last, last)
+    block("middle_block", last, last, middle)
+    linears.update(_residual_shapes("middle_block.2", last, last, time))
     before, place = last, 0
     for level in reversed(range(len(widths))):
         width = widths[level]
-        for turn in range(2):
-            block(f"output_blocks.{place}.0", before + kept.pop(), width)
-            if level:
-                attention(f"output_blocks.{place}.1", width)
-            if level and turn:
-                linears[f"output_blocks.{place}.2.conv"] = (width, width, 3, 3)
+        for turn in range(blocks + 1):
+            block(f"output_blocks.{place}", before + kept.pop(), width, depths[level])
+            if level and turn == blocks:
+                linears[f"output_blocks.{place}.{1 + (depths[level] > 0)}.conv"] = (width, width, 3, 3)
             before, place = width, place + 1
     return shapes | _with_biases(linears)
+
+
+def _residual_shapes(where: str, before: int, after: int, time: int) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {
+        f"{where}.in_layers.0": (before,),
+        f"{where}.in_layers.2": (after, before, 3, 3),
+        f"{where}.emb_layers.1": (after, time),
+        f"{where}.out_layers.0": (after,),
+        f"{where}.out_layers.3": (after, after, 3, 3),
+    }
+    return shapes | ({f"{where}.skip_connection": (after, before, 1, 1)} if before != after else {})
+
+
+def _attention_shapes(where: str, width: int, depth: int, known: UNet) -> tuple[dict[str, Shape], dict[str, Shape]]:
+    """Layers with biases, and weights without."""
+    projection: Shape = (width, width) if known.linear else (width, width, 1, 1)
+    linears: dict[str, Shape] = {f"{where}.norm": (width,)}
+    linears |= {f"{where}.proj_in": projection, f"{where}.proj_out": projection}
+    bare: dict[str, Shape] = {}
+    for layer in range(depth):
+        inner = f"{where}.transformer_blocks.{layer}."
+        for turn, heard in (("attn1", width), ("attn2", known.words)):
+            bare[f"{inner}{turn}.to_q.weight"] = (width, width)
+            bare[f"{inner}{turn}.to_k.weight"] = bare[f"{inner}{turn}.to_v.weight"] = (width, heard)
+            linears[f"{inner}{turn}.to_out.0"] = (width, width)
+        linears[f"{inner}ff.net.0.proj"] = (8 * width, width)
+        linears[f"{inner}ff.net.2"] = (width, 4 * width)
+        linears |= {f"{inner}norm{number}": (width,) for number in (1, 2, 3)}
+    return linears, bare
+
+
+# -- whole models -----------------------------------------------------------------------------------------------------
+
+
+def checkpoint(shapes: Shapes) -> dict[str, Any]:
+    """The model that ComfyUI takes one file of all parts for: what `denoiser` says of its U-Net.
+
+    Raises:
+        UsageError: it would refuse the file, or leave numbers of the text encoders or of the autoencoder random.
+    """
+    start = "model.diffusion_model."
+    found = denoiser({name.removeprefix(start): shape for name, shape in shapes.items() if name.startswith(start)})
+    rest = {name: shape for name, shape in shapes.items() if not name.startswith(start)}
+    expected = {f"first_stage_model.{name}": shape for name, shape in first_stage_shapes(found["channels"]).items()}
+    texts = TEXTS[found["model"]]
+    if len(texts) == 1:
+        expected |= clip_shapes("cond_stage_model.transformer.", texts[0])
+    else:
+        expected |= clip_shapes("conditioner.embedders.0.transformer.", texts[0])
+        expected |= open_clip_shapes("conditioner.embedders.1.model.", texts[1])
+    _agree(found["model"], rest, expected)
+    return found
+
+
+def clip_shapes(start: str, size: Text) -> dict[str, Shape]:
+    """Every name and shape of a text encoder of CLIP, under the names of transformers."""
+    inside, width = f"{start}text_model.", size.width
+    linears: dict[str, Shape] = {f"{inside}final_layer_norm": (width,)}
+    for layer in range(size.layers):
+        where = f"{inside}encoder.layers.{layer}."
+        linears |= {f"{where}layer_norm1": (width,), f"{where}layer_norm2": (width,)}
+        linears |= {f"{where}self_attn.{name}_proj": (width, width) for name in ("q", "k", "v", "out")}
+        linears |= {f"{where}mlp.fc1": (4 * width, width), f"{where}mlp.fc2": (width, 4 * width)}
+    return _with_biases(linears) | {
+        f"{inside}embeddings.token_embedding.weight": (TOKENS, width),
+        f"{inside}embeddings.position_embedding.weight": (PLACES, width),
+    }
+
+
+def open_clip_shapes(start: str, size: Text) -> dict[str, Shape]:
+    """Every name and shape of a text encoder of OpenCLIP."""
+    width = size.width
+    linears: dict[str, Shape] = {f"{start}ln_final": (width,)}
+    shapes: dict[str, Shape] = {
+        f"{start}token_embedding.weight": (TOKENS, width),
+        f"{start}positional_embedding": (PLACES, width),
+        f"{start}text_projection": (width, width),
+    }
+    for layer in range(size.layers):
+        where = f"{start}transformer.resblocks.{layer}."
+        shapes |= {f"{where}attn.in_proj_weight": (3 * width, width), f"{where}attn.in_proj_bias": (3 * width,)}
+        linears |= {f"{where}ln_1": (width,), f"{where}ln_2": (width,), f"{where}attn.out_proj": (width, width)}
+        linears |= {f"{where}mlp.c_fc": (4 * width, width), f"{where}mlp.c_proj": (width, 4 * width)}
+    return shapes | _with_biases(linears)
+
+
+def first_stage_shapes(channels: int) -> dict[str, Shape]:
+    """Every name and shape of the full autoencoder with 8 pixels a latent, under the names of its first publication."""
+    widths = [KL_WIDTH * times for times in KL_LEVELS[8]]
+    first, last, top = widths[0], widths[-1], len(widths) - 1
+    linears: dict[str, Shape] = {
+        "encoder.conv_in": (first, 3, 3, 3),
+        "encoder.conv_out": (2 * channels, last, 3, 3),
+        "encoder.norm_out": (last,),
+        "quant_conv": (2 * channels, 2 * channels, 1, 1),
+        "post_quant_conv": (channels, channels, 1, 1),
+        "decoder.conv_in": (last, channels, 3, 3),
+        "decoder.conv_out": (3, first, 3, 3),
+        "decoder.norm_out": (first,),
+    }
+
+    def block(where: str, before: int, after: int) -> None:
+        linears.update({f"{where}.norm1": (before,), f"{where}.conv1": (after, before, 3, 3)})
+        linears.update({f"{where}.norm2": (after,), f"{where}.conv2": (after, after, 3, 3)})
+        if before != after:
+            linears[f"{where}.nin_shortcut"] = (after, before, 1, 1)
+
+    for side in ("encoder", "decoder"):
+        for number in (1, 2):
+            block(f"{side}.mid.block_{number}", last, last)
+        linears[f"{side}.mid.attn_1.norm"] = (last,)
+        linears |= {f"{side}.mid.attn_1.{name}": (last, last, 1, 1) for name in ("q", "k", "v", "proj_out")}
+    before = first
+    for level, width in enumerate(widths):
+        for turn in range(KL_BLOCKS):
+            block(f"encoder.down.{level}.block.{turn}", width if turn else before, width)
+        if level < top:
+            linears[f"encoder.down.{level}.downsample.conv"] = (width, width, 3, 3)
+        before = width
+    for level in range(top, -1, -1):
+        width = widths[level]
+        for turn in range(KL_BLOCKS + 1):
+            block(f"decoder.up.{level}.block.{turn}", width if turn else before, width)
+        if level:
+            linears[f"decoder.up.{level}.upsample.conv"] = (width, width, 3, 3)
+        before = width
+    return _with_biases(linears)
 
 
 # -- autoencoders -----------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ r"""What a pretrained model learned, in the files that other programs add to it,
     lora, dora  `pytorch_lora_weights.safetensors`: A, B alpha / rank and lengths under diffusers' names of layers; and
                 under the names of kohya's scripts, which ComfyUI reads, A, B and alpha, or for DoRA whole differences
     word        `learned_embeds.safetensors`: the word and its numbers
-    full        the whole pipeline, as `save_pretrained` writes it
+    full        the whole pipeline, as `save_pretrained` writes it; for ComfyUI one file, see `_checkpoint`
 
 The proof: the pipeline of `family.base` with the file loaded draws what our own sampler draws. U-Nets step there
 through `DDIMScheduler` with trailing steps, whose levels are exactly those of the network's steps; transformers through
@@ -31,7 +31,7 @@ from imagekiln.engine import bases
 from imagekiln.engine.models import Model
 from imagekiln.engine.run import disk_faults
 from imagekiln.errors import UsageError
-from imagekiln.exporters import _folder
+from imagekiln.exporters import _checkpoint, _comfyui_workflow, _folder
 from imagekiln.exporters._card import write_card
 from imagekiln.nets.adapters import Adapters, LowRank, NewWord
 from imagekiln.nets.libraries import quietly
@@ -66,18 +66,18 @@ def write(model: Model, out: Path, to: Literal["diffusers", "comfyui"]) -> dict[
             f"{path}: {said} That is more than {TOLERANCE:g}. Please report this with the versions `imagekiln doctor` "
             "prints."
         )
-    folder = str(path) if path.is_dir() else family.base.folder
-    absent = "".join(f", {part}=None" for part in _absent(family.base))
-    example = f"from diffusers import {name}\n\npipeline = {name}.from_pretrained({folder!r}{absent})\n{code}"
+    example = f"from diffusers import {name}\n\n{_opening(family, name, path)}{code}"
     base, commit = bases.called(family.base.folder)
     known = f"{base!r}, revision={commit!r}" if commit else repr(base)
     shown = example.replace(repr(family.base.folder), known)  # where they lie here is nobody's business
     shown, base = shown.replace(str(out), "."), f"{base} at commit {commit}" if commit else base
     use = f"```python\n{shown}```"
     if _as_differences(family, to):
-        name, example = "", ""
-        use = f"Copy `models/` into ComfyUI's folder and choose `{path.name}` in *Load LoRA*."
+        name, example, use = "", "", ""  # no pipeline of diffusers reads it
+    if to == "comfyui":
+        use = f"{_comfyui_workflow.write(family, model.prompts, path, out)}\n\n{use}".strip()
     limits = [f"It belongs to the model it was learned from ({base}); with others it draws something else."]
+    limits = limits if isinstance(family.tuned, Adapters | NewWord) else []
     write_card(model, out, use, [said], limits)
     return {
         "format": to,
@@ -86,7 +86,7 @@ def write(model: Model, out: Path, to: Literal["diffusers", "comfyui"]) -> dict[
         "pipeline": name,
         "call": example,
         "sentence": f"Written to {path}. {said}",
-    }
+    } | ({"detected": _checkpoint.detected(path)} if _is_checkpoint(family, path) else {})
 
 
 def _write_files(model: Model, out: Path, to: str) -> tuple[Path, str]:
@@ -102,7 +102,9 @@ def _write_files(model: Model, out: Path, to: str) -> tuple[Path, str]:
         _folder.write_tensors(path, word_tensors(tuned))
         return path, _word_example(tuned, path)
     if comfy:
-        raise UsageError("ComfyUI is given changes of a model or a new word here. For a whole one use --to diffusers.")
+        path = out / _checkpoint.FOLDER / f"{out.name}.safetensors"
+        _checkpoint.write(family, path)
+        return path, ""
     pipeline = _pipeline(family, family.base.folder, out)
     with quietly(), disk_faults(out):
         for network, trained in tuned.items():
@@ -119,7 +121,15 @@ def _proof(family: Any, prompts: Sequence[str], path: Path, out: Path, to: str) 
             "ComfyUI adds it to the weights of layers, which then answer as ours do, but for "
             f"{difference:.2g}; it was not started for this."
         )
-    difference = _difference(family, prompts, path, out)
+    pipeline = _loaded(family, path, out)
+    difference = _difference(family, prompts, pipeline)
+    if _is_checkpoint(family, path):
+        found, encoded = _checkpoint.detected(path)["model"], _checkpoint.encoded_difference(family, pipeline)
+        return max(difference, encoded), (
+            f"ComfyUI takes it for {found}; it was not started for this. {PIPELINES[family.base.kind]} opens it too "
+            f"and draws what the model draws: with equal noise, {STEPS} steps and guidance {SCALE:g}, pixels in [0, 1] "
+            f"differ by at most {difference:.2g}, and what the autoencoder encodes by at most {encoded:.2g}."
+        )
     same = f"{PIPELINES[family.base.kind]} draws with it what the model draws: with equal noise, {STEPS} steps and "
     return difference, f"{same}guidance {SCALE:g}, pixels in [0, 1] differ by at most {difference:.2g}."
 
@@ -199,6 +209,20 @@ def _as_differences(family: Any, to: str) -> bool:
     return to == "comfyui" and isinstance(family.tuned, Adapters) and family.tuned.lengths
 
 
+def _is_checkpoint(family: Any, path: Path) -> bool:
+    """Whether this is one file of a whole model."""
+    return path.is_file() and isinstance(family.tuned, nn.ModuleDict)
+
+
+def _opening(family: Any, name: str, path: Path) -> str:
+    """Python that opens the model that files are added to, or the whole one."""
+    if _is_checkpoint(family, path):
+        return _checkpoint.example(family, name, path)
+    folder = str(path) if path.is_dir() else family.base.folder
+    absent = "".join(f", {part}=None" for part in _absent(family.base))
+    return f"pipeline = {name}.from_pretrained({folder!r}{absent})\n"
+
+
 def _parts(family: Any) -> list[tuple[str, LowRank]]:
     return list(family.tuned.added().items())
 
@@ -218,11 +242,10 @@ def _absent(base: Any) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def _difference(family: Any, known: Sequence[str], path: Path, out: Path) -> float:
-    """Largest difference of a pixel in [0, 1] between pictures of the stock pipeline with this file and our own."""
+def _difference(family: Any, known: Sequence[str], pipeline: Any) -> float:
+    """Largest difference of a pixel in [0, 1] between pictures of the stock pipeline and our own."""
     prompts = [*known, "a", ""][:2]
     start = torch.randn(2, *family.image_shape, generator=torch.Generator().manual_seed(0))
-    pipeline = _loaded(family, path, out)
     _, rows, columns = family.picture_shape
     with quietly():
         theirs = pipeline(
@@ -271,7 +294,10 @@ def _drawn(family: Any, prompts: list[str], start: Tensor) -> Tensor:
 def _loaded(family: Any, path: Path, out: Path) -> Any:
     """The stock pipeline with this file, or from this folder."""
     tuned = family.tuned
-    pipeline = _pipeline(family, str(path) if path.is_dir() else family.base.folder, out)
+    if _is_checkpoint(family, path):
+        pipeline = _checkpoint.opened(family, path, out)
+    else:
+        pipeline = _pipeline(family, str(path) if path.is_dir() else family.base.folder, out)
     with quietly():
         if isinstance(tuned, Adapters):
             pipeline.load_lora_weights(path.parent, weight_name=path.name)

@@ -10,6 +10,53 @@ from imagekiln.nets import pretrained
 from imagekiln.nets.libraries import diffusers as library
 
 
+def write_whole_base(folder: Path, kind: str) -> Path:
+    """One whose levels, blocks and encoders are of the kinds that "sd1" and "sdxl" were published with, but narrow."""
+    diffusers, parts = library(), pretrained.random_parts(kind)
+    torch.manual_seed(2)
+    given = {"layers_per_block": 2, "sample_size": 4}
+    if kind == "sd1":
+        parts["unet"] = diffusers.UNet2DConditionModel(
+            block_out_channels=(32, 64),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=32,
+            attention_head_dim=8,
+            **given,
+        )
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    else:
+        first, sizes = parts["text_encoder"].config, {"hidden_size": 48, "intermediate_size": 192, "projection_dim": 48}
+        sizes |= {"num_hidden_layers": 3, "num_attention_heads": 6, "hidden_act": "gelu"}
+        parts["text_encoder_2"] = type(parts["text_encoder_2"])(type(first)(**first.to_dict() | sizes))
+        parts["unet"] = diffusers.UNet2DConditionModel(
+            block_out_channels=(32, 64, 64),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=80,
+            attention_head_dim=(4, 8, 8),
+            transformer_layers_per_block=(1, 1, 2),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=6 * 256 + 48,
+            **given,
+        )
+    parts["vae"] = diffusers.AutoencoderKL(
+        block_out_channels=(32, 64, 128, 128),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        scaling_factor=0.5,
+    )
+    parts["scheduler"] = diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
+    )
+    getattr(diffusers, pretrained.PIPELINES[kind])(**parts).save_pretrained(folder)
+    return folder
+
+
 def write_base(folder: Path, kind: str) -> Path:
     """A tiny pretrained model of real classes, written as diffusers writes it."""
     diffusers, parts = library(), pretrained.random_parts(kind)

@@ -426,7 +426,7 @@ def test_a_unet_is_renamed_and_filled(eightfold: Run, tmp_path: Path, monkeypatc
     """With a tenth of the width that ComfyUI asks for, so that it is quick."""
     from imagekiln.exporters import _comfyui_rules
 
-    monkeypatch.setattr(_comfyui_rules, "SD15_WIDTH", 32)
+    monkeypatch.setattr(_comfyui_rules, "UNET_WIDTH", 32)
     codec = autoencoder(tmp_path / "codec", "tiny", factor=8, latent_channels=3)
     settings = {"name": "stable_diffusion", "denoiser": "unet", "widths": [32, 64], "text": TEXT}
     run = made(tmp_path / "run", {"family": settings}, (3, 8, 8), codec)

@@ -211,10 +211,15 @@ def test_exports_draw_in_stock_pipelines_what_we_draw(bases, photos, tmp_path, k
     receipt = imagekiln.export(run, "diffusers", tmp_path / "out")
     assert receipt["difference"] <= 1e-4 and receipt["pipeline"] == PIPELINES[kind]
     if method == "full":
-        with pytest.raises(UsageError, match="diffusers"):
+        with pytest.raises(UsageError, match=r"ComfyUI would refuse this file.*Use --to diffusers"):
             imagekiln.export(run, "comfyui", tmp_path / "comfy")
     else:
         assert imagekiln.export(run, "comfyui", tmp_path / "comfy")["difference"] <= 1e-4
+        nodes = json.loads((tmp_path / "comfy" / "workflow.json").read_text()).values()
+        given = [node["inputs"] for node in nodes if node["class_type"] == "LoraLoader"]
+        assert [one["lora_name"] for one in given] == (["comfy.safetensors"] if method in ("lora", "dora") else [])
+        said = next(node["inputs"]["text"] for node in nodes if node["class_type"] == "CLIPTextEncode")
+        assert said.startswith("a embedding:comfy" if method == "word" else "a <new>"), "a prompt of the run"
     card = (tmp_path / "out" / "README.md").read_text()
     assert str(tmp_path) not in card and str(bases[kind]) not in card
 
@@ -235,6 +240,10 @@ def test_a_base_whose_steps_end_in_noise_alone_draws_as_its_pipeline(bases, phot
     path.write_text(json.dumps(config))
     run = trained({"sd1": base}, photos, tmp_path / "run", "sd1", "word")
     assert imagekiln.export(run, "diffusers", tmp_path / "out")["difference"] <= 1e-4
+    imagekiln.export(run, "comfyui", tmp_path / "comfy")
+    nodes = json.loads((tmp_path / "comfy" / "workflow.json").read_text()).values()
+    given = [node["inputs"] for node in nodes if node["class_type"] == "ModelSamplingDiscrete"]
+    assert [(one["sampling"], one["zsnr"]) for one in given] == [("v_prediction", True)]
 
 
 @pytest.mark.parametrize("kind", KINDS)

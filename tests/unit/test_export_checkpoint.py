@@ -1,0 +1,217 @@
+"""Whole fine-tunings as one file under classical names: exact, recognised, and refused where a program would differ."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pretrained_folder import write_whole_base
+from safetensors.torch import load_file, save_file
+
+import imagekiln
+from imagekiln.engine import bases, published
+from imagekiln.engine.models import open_model
+from imagekiln.engine.run import Run
+from imagekiln.errors import UsageError
+from imagekiln.exporters import _checkpoint, _classical
+from imagekiln.exporters import _comfyui_rules as rules
+from imagekiln.nets.pretrained import PIPELINES, Pretrained
+
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+MODELS = _checkpoint.MODELS
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six pictures of 32 pixels with captions."""
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    rows = ["file_name,text"]
+    for index in range(6):
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3)).astype(np.uint8)).save(root / f"{index}.png")
+        rows.append(f"{index}.png,a square")
+    (root / "metadata.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def run(request: pytest.FixtureRequest, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Denoiser and text encoders of a narrow base, changed by a training."""
+    where = tmp_path_factory.mktemp(request.param)
+    base = write_whole_base(where / "base", request.param)
+    settings = {
+        "family": {"base": str(base), "method": "full", "train_text": True, "sample": {"steps": 2}},
+        "train": {"total_kimg": 0.004, "batch": 2, "doctor": "off", "precision": "fp32", "warmup_fraction": 0.0},
+        "optim": {"tuned": {"lr": 1e-2}},
+    }
+    return imagekiln.train("fine_tune", data=photos, out=where / "run", settings=settings)
+
+
+def make_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    unets = {
+        "SD15": rules.UNet(32, linear=False, heads=8),
+        "SDXL": rules.UNet(80, linear=True, told=1584, depths=(0, 1, 2), head=8),
+    }
+    texts = {"SD15": (rules.Text(32, 2),), "SDXL": (rules.Text(32, 2), rules.Text(48, 3))}
+    sizes = {"UNETS": unets, "TEXTS": texts, "UNET_WIDTH": 32, "KL_WIDTH": 32, "TOKENS": 514, "PLACES": 16}
+    for name, value in sizes.items():
+        monkeypatch.setattr(rules, name, value)
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rules for networks that are as narrow as those of the tests."""
+    make_narrow(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def exported(run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The receipt of an export named "mine"."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_narrow(monkeypatch)
+        return imagekiln.export(run, "comfyui", tmp_path_factory.mktemp("out") / "mine")
+
+
+def test_one_file_holds_the_trained_model(
+    run: Run, exported: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family: Any = open_model(run, device="cpu").family
+    assert exported["difference"] <= 1e-4 and exported["detected"]["model"] == MODELS[family.base.kind]
+    out = Path(exported["path"]).parents[2]
+    assert exported["path"] == str(out / "models" / "checkpoints" / "mine.safetensors")
+    exec(exported["call"], scope := {})
+    assert type(scope["pipeline"]).__name__ == PIPELINES[family.base.kind]
+    assert str(out.parent) not in (out / "README.md").read_text()
+    shutil.copyfile(exported["path"], file := tmp_path / "mine.safetensors")
+    monkeypatch.setenv("IMAGEKILN_CACHE", str(tmp_path / "cache"))
+    base = Path(family.base.folder)
+    shutil.copytree(base, file.with_suffix(""), ignore=shutil.ignore_patterns("*.safetensors"))
+    again, untrained = Pretrained(str(bases.folder(str(file)))).networks(), Pretrained(str(base)).networks()
+    assert set(again) == set(family.tuned)
+    for name, network in family.tuned.items():
+        tensors, before = again[name].state_dict(), untrained[name].state_dict()
+        assert all(torch.equal(tensors[key], tensor) for key, tensor in network.state_dict().items()), name
+        assert not all(torch.equal(before[key], tensor) for key, tensor in tensors.items()), f"{name} has learned"
+
+
+def test_a_workflow_names_the_file(run: Run, exported: dict[str, Any]) -> None:
+    nodes = json.loads((Path(exported["path"]).parents[2] / "workflow.json").read_text())
+    kinds = [node["class_type"] for node in nodes.values()]
+    assert kinds[0] == "CheckpointLoaderSimple" and nodes["1"]["inputs"] == {"ckpt_name": "mine.safetensors"}
+    assert kinds.count("CLIPTextEncode") == 2 and kinds[-3:] == ["KSampler", "VAEDecode", "SaveImage"]
+    silent = open_model(run, device="cpu").family.base.kind == "sdxl"
+    assert ("ConditioningZeroOut" in kinds) == silent, "XL learned zeros for the empty text"
+    size = next(node["inputs"] for node in nodes.values() if node["class_type"] == "EmptyLatentImage")
+    assert size == {"width": 32, "height": 32, "batch_size": 1}
+    links = [given for node in nodes.values() for given in node["inputs"].values() if isinstance(given, list)]
+    assert all(number in nodes for number, _ in links)
+
+
+def test_what_was_changed_in_the_file_is_noticed(
+    run: Run, exported: dict[str, Any], narrow: None, tmp_path: Path
+) -> None:
+    family: Any = open_model(run, device="cpu").family
+    tensors, file = load_file(exported["path"]), tmp_path / "changed.safetensors"
+    tensors["first_stage_model.encoder.conv_in.bias"] += 1
+    save_file(tensors, file)
+    pipeline = _checkpoint.opened(family, file, tmp_path)
+    assert _checkpoint.encoded_difference(family, pipeline) > 1e-3
+    assert type(pipeline).__name__ == PIPELINES[family.base.kind]
+    del tensors["first_stage_model.quant_conv.bias"]
+    save_file(tensors, file)
+    with pytest.raises(UsageError, match=r"first_stage_model.quant_conv.bias is missing"):
+        _checkpoint.detected(file)
+
+
+def test_what_shapes_do_not_tell_is_refused(run: Run, narrow: None, tmp_path: Path) -> None:
+    family: Any = open_model(run, device="cpu").family
+    path = tmp_path / "x.safetensors"
+    noise = family.base.noise
+    family.base.noise = noise._replace(betas=noise.betas / 2)
+    with pytest.raises(UsageError, match="other noise"):
+        _checkpoint.write(family, path)
+    family.tuned["denoiser"].register_to_config(attention_head_dim=16)
+    with pytest.raises(UsageError, match=r"heads = \[16, 16"):
+        _checkpoint.write(family, path)
+    coder = diffusers.AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+    coder.save_pretrained(tmp_path / "tiny")
+    family.codec = published.opened(tmp_path / "tiny", (3, 32, 32))
+    with pytest.raises(UsageError, match="class AutoencoderTiny"):
+        _checkpoint.write(family, path)
+    family.base.kind = "sd3"
+    with pytest.raises(UsageError, match=r"1\.5 and XL"):
+        _checkpoint.write(family, path)
+    assert not path.exists()
+
+
+def test_the_rules_are_those_of_the_published_sizes() -> None:
+    """Every name and shape of real networks without weights, renamed."""
+    with torch.device("meta"):
+        coder = diffusers.AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+        )
+        first = diffusers.UNet2DConditionModel(cross_attention_dim=768)
+        second = diffusers.UNet2DConditionModel(
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=2048,
+            attention_head_dim=(5, 10, 20),
+            transformer_layers_per_block=(1, 2, 10),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+        large = transformers.CLIPTextConfig(
+            hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280
+        )
+        small = transformers.CLIPTextConfig(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+        )
+        texts = [transformers.CLIPTextModel(small), transformers.CLIPTextModelWithProjection(large)]
+    states = [text.state_dict() for text in texts]
+    for unet, encoders, model, count in ((first, states[:1], "SD15", 1130), (second, states, "SDXL", 2513)):
+        tensors = _classical.checkpoint(unet.state_dict(), 2, coder.state_dict(), encoders)
+        assert rules.checkpoint(rules.shapes_of(tensors))["model"] == model and len(tensors) == count
+        renamed = _classical.unet(unet.state_dict(), 2)
+        assert set(_classical.unet_back(renamed, len(unet.config.block_out_channels), 2)) == set(unet.state_dict())
+    with pytest.raises(UsageError, match=r"ln_final.bias is missing"):
+        shapes = rules.shapes_of(tensors)
+        rules.checkpoint({name: shape for name, shape in shapes.items() if not name.endswith("ln_final.bias")})
+
+
+def test_joint_layers_of_openclip_compute_the_same() -> None:
+    """Torch's attention with one layer for queries, keys and values is OpenCLIP's; x P is its projection."""
+    torch.manual_seed(0)
+    config = transformers.CLIPTextConfig(
+        vocab_size=20,
+        hidden_size=24,
+        intermediate_size=96,
+        projection_dim=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=6,
+    )
+    network = transformers.CLIPTextModelWithProjection(config).eval()
+    for weight in network.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    named = _classical.open_clip(network.state_dict())
+    start = "transformer.resblocks.0.attn."
+    joint = torch.nn.MultiheadAttention(24, 4, batch_first=True)
+    joint.load_state_dict({name.removeprefix(start): t for name, t in named.items() if name.startswith(start)})
+    x = torch.randn(2, 6, 24)
+    layer = network.text_model.encoder.layers[0].self_attn
+    with torch.no_grad():
+        assert torch.allclose(joint(x, x, x)[0], layer(x)[0], atol=1e-5)
+        assert torch.allclose(x @ named["text_projection"], network.text_projection(x), atol=1e-5)
