@@ -28,6 +28,7 @@ from imagekiln.config import (
     TrainConfig,
 )
 from imagekiln.diffusion.distillation import Distillation
+from imagekiln.diffusion.noising import Noise
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine import registry
 
@@ -303,10 +304,11 @@ def settings() -> str:
         ("optim.MODULES.langevin", LangevinConfig),
         ("family.augment", AugmentConfig),
         ("family.distillation", Distillation),
+        ("family.noise", Noise),
     ]
     parts = [_settings_of(f"`[{name}]`", model) for name, model in sections]
     for name in registry.names():
-        elsewhere = {"name", "sample", "augment", "distillation"}
+        elsewhere = {"name", "sample", "augment", "distillation", "noise"}
         parts.append(_settings_of(f"`[family]` of {name}", registry.load(name).Config, skip=elsewhere))
         options = registry.load(name).Config.model_fields.get("sample")
         if options is not None and isinstance(options.annotation, type):

@@ -57,6 +57,19 @@ def log_normal(uniform_B: Tensor, mean: float = EDM_MEAN, std: float = EDM_STD) 
     return torch.exp(mean + std * normal_B).to(uniform_B)
 
 
+def shifted(sigma_B: Tensor, shift: float) -> Tensor:
+    """Noise levels shifted towards noise, as pictures of more pixels want it: sigma_B, its dtype.
+
+    Stable Diffusion 3 shifts the time of a flow, t' = s t / (1 + (s - 1) t) (Esser et al. 2024, eq. 23). There
+    sigma = t / (1 - t), so this is sigma' = s sigma, and defined on every path. Log-normal levels (logit-normal times)
+    stay log-normal: a shift by s is ln s added to the mean of ln sigma.
+
+    >>> shifted(torch.tensor([0.5, 1.0]), 3.0).tolist()
+    [1.5, 3.0]
+    """
+    return shift * sigma_B
+
+
 def uniform_time(uniform_B: Tensor, path: Path) -> Tensor:
     """Uniform in the path's own time: sigma_B, uniform_B's dtype.
 

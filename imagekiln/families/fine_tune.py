@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from imagekiln.config import FamilyConfig, Fraction, Section
 from imagekiln.core import Batch, Condition, Family, HeldOut, Loss, Phase, Progress, mix, seeded_noise
-from imagekiln.diffusion import densities, paths, samplers
+from imagekiln.diffusion import densities, noising, paths, samplers
 from imagekiln.diffusion.drawing import Drawing, draw
 from imagekiln.errors import RecipeError
 from imagekiln.nets.adapters import Adapters, NewWord
@@ -182,21 +182,17 @@ class FineTune(Family):
     def _density(self, uniform_B: Tensor) -> Tensor:
         betas, shift = self.base.noise.betas, self.base.noise.shift
         if betas is None:
-            return shift * densities.log_normal(uniform_B, 0.0, 1.0)
+            return densities.shifted(densities.log_normal(uniform_B, 0.0, 1.0), shift)
         return self.path.sigma(uniform_B * len(betas))
 
     def _error(self, x: Tensor, sigma_B: Tensor, tokens_BL: Tensor) -> Tensor:
         """Weighted squared error of what the network answers to x with this much noise, of the shape of x."""
+
+        def answer(z: Tensor) -> Tensor:
+            return self._answer(z, sigma_B, self._words(tokens_BL))
+
         config, target = self.config, self.base.noise.target
-        eps = torch.randn_like(x)
-        if config.noise_offset:
-            eps = eps + config.noise_offset * torch.randn(*x.shape[:2], 1, 1, device=x.device)
-        output = self._answer(self.path.diffuse(x, eps, sigma_B), sigma_B, self._words(tokens_BL))
-        error = (output.float() - self.path.target(target, x, eps, sigma_B)).square()
-        if not config.min_snr:
-            return error
-        weight_B = (sigma_B**-2).clamp(max=config.min_snr) / self.path.x_weight(target, sigma_B)
-        return error * paths.expand(weight_B, error)
+        return noising.error(self.path, target, x, sigma_B, answer, config.noise_offset, config.min_snr)
 
     # -- drawing ------------------------------------------------------------------------------------------------------
 

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from imagekiln.config import FamilyConfig, Fraction, Section
 from imagekiln.core import Batch, Condition, Family, HeldOut, Loss, Phase, Progress
-from imagekiln.diffusion import densities, distillation, paths, samplers
+from imagekiln.diffusion import densities, distillation, noising, paths, samplers
 from imagekiln.diffusion.distillation import Distillation, Lesson
 from imagekiln.diffusion.drawing import Drawing, draw, guided_by
+from imagekiln.diffusion.noising import Noise
 from imagekiln.nets.clip_text import BYTES, MARKS, TextEncoder
 from imagekiln.nets.conditioned import denoiser
 from imagekiln.nets.feature_heads import FeatureHeads
@@ -61,6 +62,7 @@ class StableDiffusionConfig(FamilyConfig):
     target: Literal["v", "x", "eps"] = "v"
     density_mean: float = Field(0.0, description="mean of ln sigma in training")
     density_std: float = Field(1.0, gt=0, description="standard deviation of ln sigma in training")
+    noise: Noise = Noise()
     text: TextConfig = TextConfig()
     text_dropout: Fraction = Field(0.1, description="share of captions hidden in training")
     teacher: str = Field("", description="run that it learns to draw like, in few steps; empty = from pictures alone")
@@ -116,7 +118,7 @@ class StableDiffusion(Family):
     def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
         x, config = batch.images, self.config
         spread = densities.stratified(torch.rand((), device=x.device), len(x))
-        sigma_B = densities.log_normal(spread, config.density_mean, config.density_std)
+        sigma_B = self._density(spread)
         tokens_BL = self._tokens(batch.text, len(x))
         if self.training:
             hidden_B1 = torch.rand(len(x), 1, device=x.device) < config.text_dropout
@@ -134,7 +136,7 @@ class StableDiffusion(Family):
         x, config, tokens_BL = batch.images, self.config, self._tokens(batch.text, len(batch.images))
         if config.teacher:
             return {"denoise": distillation.held_out(self._lesson(tokens_BL), config.distillation, self.path, x)}
-        sigma_B = densities.log_normal(densities.even(x, HELD_OUT_LEVELS), config.density_mean, config.density_std)
+        sigma_B = self._density(densities.even(x, HELD_OUT_LEVELS))
         error = self._error(x, sigma_B, tokens_BL)
         return {"denoise": HeldOut(error.flatten(1).mean(1), sigma_B)}
 
@@ -161,12 +163,20 @@ class StableDiffusion(Family):
         # The transformer knows its places by heart.
         return self.config.denoiser == "unet" or super().fits(rows, columns)
 
+    def _density(self, uniform_B: Tensor) -> Tensor:
+        config = self.config
+        sigma_B = densities.log_normal(uniform_B, config.density_mean, config.density_std)
+        return densities.shifted(sigma_B, config.noise.shift)
+
     def _error(self, x: Tensor, sigma_B: Tensor, tokens_BL: Tensor) -> Tensor:
-        """Squared error of what the network answers to x with this much noise, of the shape of x."""
-        eps = torch.randn_like(x)
-        z = self.path.diffuse(x, eps, sigma_B)
-        output = self.denoiser(z, self.path.time(sigma_B), self.text(tokens_BL))
-        return (output.float() - self.path.target(self.config.target, x, eps, sigma_B)).square()
+        """Weighted squared error of what the network answers to x with this much noise, of the shape of x."""
+
+        def answer(z: Tensor) -> Tensor:
+            output: Tensor = self.denoiser(z, self.path.time(sigma_B), self.text(tokens_BL))
+            return output
+
+        settings = self.config.noise
+        return noising.error(self.path, self.config.target, x, sigma_B, answer, settings.offset, settings.min_snr)
 
     def _lesson(self, tokens_BL: Tensor) -> Lesson:
         """What the teacher draws of these words with its own guidance, and what the heads say of its maps."""
