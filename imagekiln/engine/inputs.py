@@ -136,8 +136,8 @@ def _require_shapes(family: Family, shapes_N2: np.ndarray) -> None:
     for height, width in np.unique(shapes_N2, axis=0).tolist():
         if height % factor or width % factor or not family.fits(height // factor, width // factor):
             raise RecipeError(
-                f"data.buckets: there are pictures of {height}x{width}, and this {family.config.name} model learns one "
-                "shape. Leave it out, or train a model with a U-Net."
+                f"data.buckets: there are pictures of {height}x{width}, and this {family.config.name} model cannot "
+                "learn them. Leave it out, or train a model with a U-Net."
             )
 
 

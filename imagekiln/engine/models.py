@@ -192,7 +192,7 @@ def draw_as(model: Model, shape: str | None) -> None:
     """Let a model draw pictures of another shape. shape: height and width in pixels, such as "96x64"; None = its own.
 
     Raises:
-        UsageError: it is not written so, or the model draws one shape only.
+        UsageError: it is not written so, or the model does not take that shape.
     """
     if shape is None:
         return
@@ -205,7 +205,9 @@ def draw_as(model: Model, shape: str | None) -> None:
         raise UsageError(f"{where}: the latents of this model stand for {factor}x{factor} pixels. Give multiples.")
     if not family.fits(height // factor, width // factor):
         own = "x".join(map(str, family.picture_shape[1:]))
-        raise UsageError(f"{where}: this {family.config.name} model draws pictures of {own} only. Leave --shape out.")
+        raise UsageError(
+            f"{where}: this {family.config.name} model of {own} pixels cannot draw that. Leave --shape out."
+        )
     for one in (family, family.guide):
         if one is not None:
             one.image_shape = one.image_shape[0], height // factor, width // factor

@@ -52,6 +52,13 @@ def write_card(model: Model, out: Path, use: str, facts: Sequence[str], limits: 
     write_whole(out / "README.md", "\n\n".join(parts) + "\n")
 
 
+def sizes(model: Model) -> str:
+    """The sentence on the sizes of what it draws."""
+    _, rows, columns = model.family.picture_shape
+    shapes = ", in shapes of about as many," if model.recipe.data.buckets else ""
+    return f"It was trained at {columns} x {rows} pixels{shapes} and draws nothing else well."
+
+
 def _few_steps(family: Any) -> list[str]:
     """Where a model steps from that learned from a teacher to draw in few steps."""
     if not getattr(family.config, "teacher", ""):

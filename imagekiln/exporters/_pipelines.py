@@ -88,6 +88,13 @@ def reads_text(family: Any) -> bool:
     return isinstance(getattr(family, "denoiser", None), Transformer | ConditionedUnet)
 
 
+def network_of(model: Model) -> Any:
+    """The denoiser as a network of diffusers, which draws other shapes too where it learned them."""
+    denoiser: Any = model.family.denoiser
+    wide = isinstance(denoiser, Transformer) and model.recipe.data.buckets
+    return denoiser.wide() if wide else denoiser.net
+
+
 def write(model: Model, out: Path) -> Stock:
     """Write every part of the pipeline to `out`.
 
@@ -101,7 +108,7 @@ def write(model: Model, out: Path) -> Stock:
             "data.codec, or use --to safetensors."
         )
     coder = type(_coder.network_of(_coder.family_of(family.codec))).__name__
-    net = family.denoiser.net
+    net = network_of(model)
     if isinstance(family.denoiser, Transformer):
         stock = _write_flow(family, out, coder)
         _folder.write_network(out / "transformer", _folder.config_of(net), net.state_dict())

@@ -43,7 +43,7 @@ from imagekiln.exporters import (
     _pipelines,
     _tuned,
 )
-from imagekiln.exporters._card import write_card
+from imagekiln.exporters._card import sizes, write_card
 from imagekiln.nets.conditioned import Transformer
 from imagekiln.nets.libraries import quietly
 
@@ -106,11 +106,8 @@ def _write_text_to_picture(model: Model, out: Path) -> dict[str, Any]:
             f"family.text.width = {width}: ComfyUI's {kind} reads at most {whole or words} numbers. Train with a "
             "narrower text encoder, or use --to diffusers."
         )
-    tensors = (
-        _comfyui_tensors.transformer(family.denoiser.net, words, whole)
-        if flow
-        else _comfyui_tensors.unet(family.denoiser.net, words)
-    )
+    net = _pipelines.network_of(model)
+    tensors = _comfyui_tensors.transformer(net, words, whole) if flow else _comfyui_tensors.unet(net, words)
     found = _comfyui_rules.denoiser(_comfyui_rules.shapes_of(tensors))  # before anything is written
     factor, lower = LATENTS[kind]
     gain = factor * family.codec.scale
@@ -214,15 +211,15 @@ def _difference(model: Model, path: Path, node: Path, found: dict[str, Any]) -> 
     Latent channels beyond the model's own are filled with noise, and the largest number answered there counts too.
     """
     family: Any = model.family
-    net, tensors = family.denoiser.net, load_file(path)
-    sizes = {"in_channels": found["channels"], "out_channels": found["channels"]}
+    net, tensors = _pipelines.network_of(model), load_file(path)
+    wanted = {"in_channels": found["channels"], "out_channels": found["channels"]}
     if found["model"] == "SD3":
-        sizes |= {"joint_attention_dim": found["words"], "pooled_projection_dim": found["whole"]}
+        wanted |= {"joint_attention_dim": found["words"], "pooled_projection_dim": found["whole"]}
     else:
-        sizes["cross_attention_dim"] = found["words"]
+        wanted["cross_attention_dim"] = found["words"]
         tensors = _classical.unet_back(tensors, len(found["widths"]), net.config.layers_per_block)
     with quietly():
-        theirs = type(net).from_config(dict(net.config) | sizes).eval()
+        theirs = type(net).from_config(dict(net.config) | wanted).eval()
         theirs.load_state_dict(tensors)
         prompt = next(iter(model.prompts), "a")
         reader = type("Written", (_comfyui_node.Prompt,), {"folder": node, "loaded": None})()
@@ -241,7 +238,6 @@ def _difference(model: Model, path: Path, node: Path, found: dict[str, Any]) -> 
 
 def _write_card(model: Model, out: Path, denoised: float, decoded: float) -> None:
     family: Any = model.family
-    _, rows, columns = family.picture_shape
     write_card(
         model,
         out,
@@ -251,7 +247,7 @@ def _write_card(model: Model, out: Path, denoised: float, decoded: float) -> Non
             f"{decoded:.2g}. Names and shapes are those that ComfyUI recognises; it was not started for this.",
         ],
         [
-            f"It was trained at {columns} x {rows} pixels and draws nothing else well.",
+            sizes(model),
             f"It reads {family.config.text.context} tokens of a text with its own node; ComfyUI's nodes for text do "
             "not fit, as its words and tokens are its own.",
             "`ModelSamplingSD3` must stand at shift 1, as in the workflow.",

@@ -17,7 +17,7 @@ from imagekiln.engine.codec import Codec
 from imagekiln.engine.models import Model
 from imagekiln.errors import UsageError
 from imagekiln.exporters import _coder, _folder, _pipelines, _tuned
-from imagekiln.exporters._card import write_card
+from imagekiln.exporters._card import sizes, write_card
 
 TOLERANCE = 1e-5
 
@@ -76,11 +76,11 @@ def _write_text_to_picture(model: Model, out: Path) -> dict[str, Any]:
 
 def _limits(model: Model, stock: _pipelines.Stock) -> list[str]:
     family: Any = model.family
-    config, (_, rows, columns) = family.config, family.picture_shape
+    config = family.config
     limits = [
         f"It reads {config.text.context} tokens of a text, its marks included; what is longer is cut. It knows the "
         "words of the captions it was trained with.",
-        f"It was trained at {columns} x {rows} pixels and draws nothing else well.",
+        sizes(model),
         "The pipeline's own sampler is first order and takes more steps than the default of imagekiln; guidance in an "
         "interval is not a part of it.",
     ]

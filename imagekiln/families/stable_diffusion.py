@@ -160,8 +160,7 @@ class StableDiffusion(Family):
         return self.image_shape
 
     def fits(self, rows: int, columns: int) -> bool:
-        # The transformer knows its places by heart.
-        return self.config.denoiser == "unet" or super().fits(rows, columns)
+        return self.denoiser.fits(rows, columns)
 
     def _density(self, uniform_B: Tensor) -> Tensor:
         config = self.config

@@ -25,6 +25,47 @@ SECOND = 8
 """Width that an empty second text encoder has, which the pipeline of Stable Diffusion 3 expects; see `Transformer`."""
 
 
+WIDER = 2
+"""Sides that the transformer has places for, in sides of its own pictures; the shapes of `data.buckets` reach 1.6."""
+
+
+class Places(nn.Module):
+    """`PatchEmbed` of diffusers, under the same names, for pictures of other shapes too.
+
+    As in Stable Diffusion 3 places are cut from the middle of a larger table (diffusers' `cropped_pos_embed`). Here its
+    middle is the table of the network's own pictures, which it continues on all sides by the same formula, so that it
+    need not be kept with the weights.
+
+    stock: of a network for square pictures of `side` patches.
+    """
+
+    pos_embed: Tensor
+    wide_MMD: Tensor
+
+    def __init__(self, stock: Any, side: int) -> None:
+        super().__init__()
+        self.proj = stock.proj
+        self.register_buffer("pos_embed", stock.pos_embed)
+        self.side, self.most = side, WIDER * side
+        places_M = torch.arange(self.most, dtype=torch.float32) - (self.most - side) // 2
+        grid = torch.stack(torch.meshgrid(places_M, places_M, indexing="xy"))  # columns first, as in diffusers
+        embed = diffusers().models.embeddings.get_2d_sincos_pos_embed_from_grid
+        wide_MMD = embed(stock.pos_embed.shape[-1], grid, output_type="pt").float().unflatten(0, (self.most, -1))
+        self.register_buffer("wide_MMD", wide_MMD, persistent=False)
+
+    def forward(self, z_BCHW: Tensor) -> Tensor:
+        patches_BDHW = self.proj(z_BCHW)
+        patches_BLD = patches_BDHW.flatten(2).transpose(1, 2)
+        return (patches_BLD + self._of(*patches_BDHW.shape[2:])).to(patches_BLD.dtype)
+
+    def _of(self, rows: int, columns: int) -> Tensor:
+        """The places of so many patches: (1, rows columns, D)."""
+        if rows == columns == self.side:
+            return self.pos_embed
+        top, left = (self.most - rows) // 2, (self.most - columns) // 2
+        return self.wide_MMD[top : top + rows, left : left + columns].flatten(0, 1)[None]
+
+
 class Transformer(nn.Module):
     """`SD3Transformer2DModel` behind one text encoder.
 
@@ -54,6 +95,7 @@ class Transformer(nn.Module):
             pooled_projection_dim=text_width + SECOND,
             pos_embed_max_size=rows // 2,
         )
+        self.net.pos_embed = Places(self.net.pos_embed, rows // 2)
         hasten(self.net)
         self._initialise()
 
@@ -77,6 +119,17 @@ class Transformer(nn.Module):
         said = self.net(z_BCHW, encoder_hidden_states=words, pooled_projections=whole, timestep=time_B)
         answer: Tensor = said.sample
         return answer
+
+    def fits(self, rows: int, columns: int) -> bool:
+        """Whether it has places for pictures of so many rows and columns."""
+        return rows % 2 == columns % 2 == 0 and max(rows, columns) <= 2 * self.net.pos_embed.most
+
+    def wide(self) -> Any:
+        """A copy as a network of diffusers alone that keeps the places of all shapes, and cuts them out itself."""
+        places = self.net.pos_embed
+        net = type(self.net).from_config(dict(self.net.config) | {"pos_embed_max_size": places.most})
+        net.load_state_dict(self.net.state_dict() | {"pos_embed.pos_embed": places.wide_MMD.flatten(0, 1)[None]})
+        return net.to(places.pos_embed.device).eval()
 
     @property
     def map_widths(self) -> list[int]:
@@ -172,6 +225,10 @@ class ConditionedUnet(nn.Module):
         """What the network answers, of the shape of z. time_B: in [0, 1000]."""
         answer: Tensor = self.net(z_BCHW, time_B, encoder_hidden_states=text.last_BLW).sample
         return answer
+
+    def fits(self, rows: int, columns: int) -> bool:
+        """Whether it takes pictures of so many rows and columns: of any."""
+        return True
 
     @property
     def map_widths(self) -> list[int]:

@@ -105,6 +105,55 @@ def test_shapes_are_those_of_stable_diffusion_3():
     assert sum(parameter.numel() for parameter in net.parameters()) == total
 
 
+def stock(net: torch.nn.Module) -> torch.nn.Module:
+    """diffusers' own network with the same weights, its own way to tell places included."""
+    theirs = type(net.net).from_config(dict(net.net.config)).eval()
+    theirs.load_state_dict(net.net.state_dict())
+    return theirs
+
+
+def answered(theirs: torch.nn.Module, z: torch.Tensor, time_B: torch.Tensor, told: Encoded) -> torch.Tensor:
+    words, whole = (torch.nn.functional.pad(part, (0, SECOND)) for part in (told.before_BLW, told.pooled_BP))
+    return theirs(z, encoder_hidden_states=words, pooled_projections=whole, timestep=time_B).sample
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", [2, 6, 8])
+def test_pictures_of_its_own_size_have_the_places_of_diffusers(side: int):
+    torch.manual_seed(0)
+    net = denoiser("sd3", (4, side, side), depth=2, widths=(), text_width=WIDTH).eval()
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    theirs, z, time_B = stock(net), torch.randn(2, 4, side, side), torch.tensor([100.0, 900.0])
+    assert list(net.state_dict()) == [f"net.{name}" for name in theirs.state_dict()]
+    assert torch.equal(net.net.pos_embed(z), theirs.pos_embed(z))
+    wide = net.wide()
+    assert torch.equal(wide.pos_embed(z), theirs.pos_embed(z))
+    hasten(wide)
+    assert torch.equal(answered(wide, z, time_B, text()), net(z, time_B, text()))
+
+
+@torch.no_grad()
+def test_places_of_other_shapes_continue_those_of_its_own_size():
+    """Cut from the middle of one table, by diffusers too; the place of a patch is sin and cos of its row and column."""
+    net, time_B = made("sd3"), torch.tensor([100.0, 900.0])
+    own, wide = net.net.pos_embed, net.wide()
+    assert wide.config.pos_embed_max_size == 2 * net.net.config.pos_embed_max_size == 8
+    for rows, columns in ((12, 4), (4, 12), (8, 6), (16, 16), (2, 14)):
+        z = torch.randn(2, 4, rows, columns)
+        torch.testing.assert_close(net(z, time_B, text()), answered(wide, z, time_B, text()), atol=1e-5, rtol=0)
+        found = own(z) - own.proj(z).flatten(2).transpose(1, 2)
+        down, right = (torch.arange(side // 2) + (8 - side // 2) // 2 - 2.0 for side in (rows, columns))
+        rates = 10000 ** -(torch.arange(HEAD // 2) / (HEAD // 2))
+        angles_down, angles_right = down[:, None] * rates, right[:, None] * rates
+        by_row = torch.cat([angles_down.sin(), angles_down.cos()], 1)[:, None].expand(-1, len(right), -1)
+        by_column = torch.cat([angles_right.sin(), angles_right.cos()], 1)[None].expand(len(down), -1, -1)
+        by_hand = torch.cat([by_column, by_row], -1).flatten(0, 1)
+        torch.testing.assert_close(found[0], by_hand, atol=1e-4, rtol=0)
+        assert net.fits(rows, columns)
+    assert not net.fits(18, 2) and not net.fits(7, 8) and not net.fits(8, 5)
+
+
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(RecipeError, match="even size"):
         denoiser("sd3", (4, 7, 7), depth=1, widths=(), text_width=WIDTH)

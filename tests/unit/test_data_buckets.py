@@ -311,12 +311,43 @@ def test_a_model_of_latents_draws_other_shapes(photos: Path, tmp_path: Path) -> 
 
 
 def test_families_of_one_shape_say_so(photos: Path) -> None:
-    for name in ("dcgan", "stable_diffusion"):
-        wanted = made(photos, name)
-        with pytest.raises(RecipeError, match=f"this {name} model learns one shape"):
-            inputs.begin(wanted, load(wanted.data))
-    unet = made(photos, "stable_diffusion", family={"denoiser": "unet", "widths": [32]})
-    assert inputs.begin(unet, load(unet.data)).family.fits(24, 10)
+    wanted = made(photos, "dcgan")
+    with pytest.raises(RecipeError, match="this dcgan model cannot learn them"):
+        inputs.begin(wanted, load(wanted.data))
+    for family in ({"denoiser": "unet", "widths": [32]}, {"depth": 1}):
+        wanted = made(photos, "stable_diffusion", family=family)
+        assert inputs.begin(wanted, load(wanted.data)).family.fits(24, 10)
+
+
+def test_a_transformer_learns_and_draws_shapes_and_resumes_bit_for_bit(photos: Path, tmp_path: Path) -> None:
+    text = {"width": 32, "layers": 2, "context": 8, "vocabulary": 520}
+    wanted = made(photos, "stable_diffusion", family={"depth": 1, "text": text, "sample": {"steps": 2}})
+    whole, first = (trainer(wanted, tmp_path / name) for name in ("whole", "halves"))
+    shapes = {tuple(whole.loader.batch(8 * turn).images.shape[2:]) for turn in range(8)}
+    assert shapes == {TALL, SQUARE, WIDE}
+    for _ in range(8):
+        whole.step()
+    for _ in range(4):
+        first.step()
+    first.time_event("checkpoint")
+    second = trainer(wanted, tmp_path / "halves")
+    assert second.restore()
+    for _ in range(4):
+        second.step()
+    after, again = whole.family.state_dict(), second.family.state_dict()
+    assert all(torch.equal(after[name], again[name]) for name in after)
+
+
+def test_a_transformer_draws_the_shapes_that_it_has_places_for(photos: Path, tmp_path: Path) -> None:
+    text = {"width": 32, "layers": 2, "context": 8, "vocabulary": 520}
+    settings = {"family": {"depth": 1, "text": text}, "data": {"size": 16, "buckets": True}}
+    settings["train"] = {"total_kimg": 0.016, "batch": 8, "doctor": "off"}
+    run = imagekiln.train("stable_diffusion", data=photos, out=tmp_path / "run", settings=settings)
+    tall = imagekiln.generate(run.path, 1, tmp_path / "tall", shape="24x10", steps=2)
+    assert pixels_of(tmp_path, str(tall.pictures[0])).shape == (3, *TALL)
+    for shape in ("40x16", "16x9"):
+        with pytest.raises(UsageError, match="model of 16x16 pixels cannot draw that"):
+            imagekiln.generate(run.path, 1, tmp_path / "none", shape=shape)
 
 
 def test_a_pretrained_model_is_told_the_size_of_every_picture() -> None:
@@ -364,6 +395,6 @@ def test_pictures_are_drawn_in_the_shape_that_is_asked_for(photos: Path, tmp_pat
 def test_a_model_of_one_shape_draws_no_other(photos: Path, tmp_path: Path) -> None:
     settings = {"train": {"total_kimg": 0.016, "batch": 8, "doctor": "off"}, "data": {"size": 16}}
     run = imagekiln.train("vanilla_gan", data=photos, out=tmp_path / "run", settings=settings)
-    with pytest.raises(UsageError, match="draws pictures of 16x16 only"):
+    with pytest.raises(UsageError, match="model of 16x16 pixels cannot draw that"):
         imagekiln.generate(run.path, 1, tmp_path / "none", shape="24x10")
     assert len(imagekiln.generate(run.path, 1, tmp_path / "one", shape="16x16").pictures) == 1

@@ -146,6 +146,30 @@ def test_stable_diffusion_3_draws_what_we_draw(tiny: Run, tmp_path: Path) -> Non
     assert (theirs(max_sequence_length=0, guidance_scale=1.0) - ours.clamp(0, 1)).abs().max() > 1e-3
 
 
+@torch.no_grad()
+def test_a_transformer_that_learned_shapes_has_their_places_in_its_files(eightfold: Run, tmp_path: Path) -> None:
+    """The stock network cuts them out of the middle of the table, as ComfyUI does, and answers what ours does."""
+    from safetensors.torch import load_file
+
+    data = {"path": "toy", "codec": str(eightfold.path), "buckets": True}
+    settings = {"family": {"name": "stable_diffusion", "depth": 1, "text": TEXT}, "data": data}
+    run = made(tmp_path / "run", settings, (4, 8, 8), eightfold)
+    receipts = {to: api.export(run, to, tmp_path / to) for to in ("diffusers", "comfyui")}
+    assert all(receipt["difference"] <= 1e-4 for receipt in receipts.values())
+    assert receipts["comfyui"]["detected"]["denoiser"]["patches"] == 8 * 8
+    assert all("in shapes of about as many" in (tmp_path / to / "README.md").read_text() for to in receipts)
+    [file] = (tmp_path / "comfyui" / "models" / "diffusion_models").glob("*.safetensors")
+    net = diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / "diffusers" / "transformer")
+    assert torch.equal(load_file(file)["pos_embed.pos_embed"], net.pos_embed.pos_embed)
+    family: Any = open_model(run, device="cpu").family
+    told = family.text(family.read(CAPTIONS[:2]))
+    words, whole = (torch.nn.functional.pad(part, (0, 8)) for part in (told.before_BLW, told.pooled_BP))
+    for rows, columns in ((8, 8), (12, 4), (6, 10)):
+        z, time_B = torch.randn(2, 4, rows, columns), torch.tensor([100.0, 900.0])
+        theirs = net(z, encoder_hidden_states=words, pooled_projections=whole, timestep=time_B).sample
+        torch.testing.assert_close(family.denoiser(z, time_B, told), theirs, atol=1e-5, rtol=0)
+
+
 def test_the_second_encoder_says_exactly_nothing(tiny: Run, tmp_path: Path) -> None:
     from transformers import CLIPTextModelWithProjection
 
