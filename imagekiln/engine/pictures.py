@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -167,11 +168,15 @@ def _enlarged(picture: Image.Image, zoom: int) -> Image.Image:
 
 
 def _written(name: str, label: int) -> str:
-    """A class's name in letters the built-in font has, or its number; -1 is "any"."""
+    """A class's name in letters the built-in font has, without accents, or its number; -1 is "any"."""
     if label < 0:
         return "any"
-    plain = "".join(letter for letter in name if letter.isprintable())[:24]
-    return plain if plain.strip() and all(ord(letter) < 256 for letter in plain) else str(label)
+    apart = unicodedata.normalize("NFKD", name)
+    plain = "".join(letter for letter in apart if letter.isprintable() and not unicodedata.combining(letter))[:24]
+    font = ImageFont.load_default(LETTERS[1])
+    missing = bytes(font.getmask("\uffff"))  # what it draws for any letter that it lacks
+    known = all(bytes(font.getmask(letter)) != missing for letter in set(plain))
+    return plain if plain.strip() and known else str(label)
 
 
 def of_labels(source: Source, labels: Sequence[int]) -> Tensor:

@@ -280,6 +280,12 @@ def test_rows_of_classes_hold_each_picture_once_in_its_row():
     assert centres.tolist() == [[20, 50, 255], [10, 30, 40]]
 
 
+@pytest.mark.parametrize(("name", "letters"), [("café", "cafe"), ("“ä”", "“a”"), ("犬", "0"), ("ж", "0"), ("ß", "0")])
+def test_names_are_written_in_letters_that_the_font_has(name: str, letters: str):
+    image = torch.zeros(1, 1, 16, 16, dtype=torch.uint8)
+    assert pictures.class_rows(image, [0], [name]).tobytes() == pictures.class_rows(image, [0], [letters]).tobytes()
+
+
 def test_walks_of_frames_that_are_equal_still_open():
     frames = torch.zeros(6, 1, 8, 8, dtype=torch.uint8)
     with Image.open(io.BytesIO(pictures.animation(frames, fps=10))) as film:
