@@ -194,7 +194,7 @@ def train(
             _keep(run, dataset, begun.family.codec)
         listeners = [listener] + ([TensorBoard(run)] if wanted.train.tensorboard else [])
         trainer = Trainer(wanted, *begun, run, Several(listeners))
-        for sentence in [*recipes.remarks(wanted), *text_remarks(begun.train)]:
+        for sentence in [*recipes.remarks(wanted), *text_remarks(begun.train, wanted.train.prompts)]:
             listener.say(sentence)
         for key, one in wanted.optim.items():
             if one.langevin.temperature:

@@ -175,6 +175,9 @@ class TrainConfig(Section):
     checkpoint_kimg: float = Field(0.0, ge=0, description="0 = an eighth of the run")
     preview_kimg: float = Field(0.0, ge=0, description="0 = a sixteenth of the run")
     validate_kimg: float = Field(0.0, ge=0, description="0 = a sixteenth of the run")
+    prompts: tuple[str, ...] = Field(
+        (), max_length=40, description="words that previews show, a row each; empty = captions of held-out pictures"
+    )
     keep: int = Field(2, ge=2, description="checkpoints kept besides the best")
     keep_kimg: tuple[float, ...] = Field((), description="moments whose weights are kept beside the best and the last")
     choose: Literal["best", "last"] = Field(

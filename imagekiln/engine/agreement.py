@@ -25,13 +25,13 @@ from imagekiln.config import Recipe
 from imagekiln.core import mix
 from imagekiln.engine import pictures
 from imagekiln.engine.generate import labels_for
-from imagekiln.engine.trainer import PREVIEW_IMAGES
+from imagekiln.engine.previews import PREVIEW_IMAGES
 from imagekiln.errors import UsageError
 
 SIGNS = 1000
 
 APART = {"data.path", "data.validation_fraction", "train.seed", "train.device", "train.tensorboard", "train.compile"}
-APART |= {"train.checkpoint_kimg", "train.preview_kimg", "train.validate_kimg", "train.keep"}
+APART |= {"train.checkpoint_kimg", "train.preview_kimg", "train.validate_kimg", "train.prompts", "train.keep"}
 """Settings that do not make two recipes different: which pictures and which luck, and what only watches."""
 
 MUST_AGREE = ("family.name", "data.size", "data.channels")

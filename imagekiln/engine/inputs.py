@@ -91,6 +91,8 @@ def begin(
     if family.read([""]) is None:
         if recipe.data.phrasebook:
             raise RecipeError(f"data.phrasebook: a {recipe.family.name} model reads no text. Leave it out.")
+        if recipe.train.prompts:
+            raise RecipeError(f"train.prompts: a {recipe.family.name} model reads no text. Leave them out.")
         return Begun(family, train, held_out)
     if captions is None:
         raise UsageError(
@@ -254,15 +256,20 @@ class Told:
         return reworded(told, seed, position, wordings=data.wordings, **words)
 
 
-def text_remarks(source: Source) -> list[str]:
-    """Sentences about captions as a training will show them; of the first different ones, so that it takes no time."""
+def text_remarks(source: Source, prompts: Sequence[str] = ()) -> list[str]:
+    """Sentences about captions as a training will show them, of the first different ones, so that it takes no time; and
+    about prompts of previews."""
     if not isinstance(source, Told):
         return []
+    long = [f'"{prompt[:60]}"' for prompt in prompts if source.family.cuts(prompt)]
+    remarks = [f"train.prompts: {one} is longer than this model reads; its end is left out." for one in long]
     looked = source.different[:LOOKED_AT]
     cut = sum(source.family.cuts(source.worded(caption, 0, place)) for place, caption in enumerate(looked))
-    if not cut:
-        return []
-    return [f"{cut:,} of {len(looked):,} captions are longer than this model reads; their ends are left out."]
+    if cut:
+        remarks.append(
+            f"{cut:,} of {len(looked):,} captions are longer than this model reads; their ends are left out."
+        )
+    return remarks
 
 
 def wishes(source: Any, rows: Sequence[int]) -> list[Wish]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -27,6 +28,12 @@ FRAME_SIDE = 256
 """Pixels up to which the frames of an animation are enlarged."""
 LETTERS = 8, 16
 """Smallest and largest size of the names beside a grid, in pixels."""
+NAME_LETTERS = 24
+"""Letters of such a name, or of a line of a prompt, at most."""
+LINE_HEIGHT = 1.25
+"""Height of a line over the size of its letters."""
+PART_OF_SHEET = 64
+"""Letters of prompts are so small a part of a wide sheet: they are read where it is shown narrower."""
 
 
 def read(path: Path, image_shape: tuple[int, ...], how: Fit = "crop", background: str = "white") -> Tensor:
@@ -107,15 +114,38 @@ def class_rows(images_BCHW: Tensor, labels: Sequence[int], names: Sequence[str])
     nothing = torch.full_like(images_BCHW[:1], 255)
     rows = [torch.cat([images_BCHW[found], nothing.expand(columns - len(found), -1, -1, -1)]) for found in of_class]
     sheet = grid(torch.cat(rows), columns)
-    pitch = sheet.height / len(shown)
-    font = ImageFont.load_default(min(LETTERS[1], max(LETTERS[0], int(pitch) - 2)))
-    texts = [_written(names[one] if one < len(names) else "", one) for one in shown]
-    margin = math.ceil(max(font.getlength(text) for text in texts)) + 8
+    letters = min(LETTERS[1], max(LETTERS[0], sheet.height // len(shown) - 2))
+    titles = ["any" if one < 0 else _written(names[one] if one < len(names) else "", str(one)) for one in shown]
+    return _titled(sheet, titles, letters)
+
+
+def prompt_rows(images_BCHW: Tensor, prompts: Sequence[str]) -> Image.Image:
+    """A row a prompt, which stands before it, in several lines and cut where it is longer than its row is high.
+
+    images_BCHW: those of the first prompt, then as many of the second. A prompt that cannot be written with the letters
+    at hand is replaced by its number from 1.
+
+    >>> prompt_rows(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), ["a cat", "a dog"]).height
+    136
+    """
+    sheet = grid(images_BCHW, len(images_BCHW) // len(prompts))
+    pitch = sheet.height // len(prompts)
+    letters = min(max(LETTERS[1], sheet.width // PART_OF_SHEET), max(LETTERS[0], pitch - 2))
+    texts = [_written(" ".join(prompt.split()), f"prompt {place}", None) for place, prompt in enumerate(prompts, 1)]
+    lines = max(1, int(pitch / (LINE_HEIGHT * letters)))
+    told = [textwrap.fill(text, NAME_LETTERS, max_lines=lines, placeholder=" …") for text in texts]
+    return _titled(sheet, told, letters)
+
+
+def _titled(sheet: Image.Image, titles: Sequence[str], letters: int) -> Image.Image:
+    """A sheet with titles before its rows, in letters of so many pixels."""
+    font = ImageFont.load_default(letters)
+    margin = math.ceil(max(font.getlength(line) for title in titles for line in title.split("\n"))) + 8
     picture = Image.new(sheet.mode, (margin + sheet.width, sheet.height), "white")
     picture.paste(sheet, (margin, 0))
     draw = ImageDraw.Draw(picture)
-    for row, text in enumerate(texts):
-        draw.text((4, (row + 0.5) * pitch), text, fill="black", font=font, anchor="lm")
+    for row, title in enumerate(titles):
+        draw.text((4, (row + 0.5) * sheet.height / len(titles)), title, fill="black", font=font, anchor="lm")
     return picture
 
 
@@ -167,16 +197,14 @@ def _enlarged(picture: Image.Image, zoom: int) -> Image.Image:
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
 
 
-def _written(name: str, label: int) -> str:
-    """A class's name in letters the built-in font has, without accents, or its number; -1 is "any"."""
-    if label < 0:
-        return "any"
+def _written(name: str, instead: str, most: int | None = NAME_LETTERS) -> str:
+    """A name, or so many letters of it, without accents; something else where the built-in font lacks a letter."""
     apart = unicodedata.normalize("NFKD", name)
-    plain = "".join(letter for letter in apart if letter.isprintable() and not unicodedata.combining(letter))[:24]
+    plain = "".join(letter for letter in apart if letter.isprintable() and not unicodedata.combining(letter))[:most]
     font = ImageFont.load_default(LETTERS[1])
     missing = bytes(font.getmask("\uffff"))  # what it draws for any letter that it lacks
     known = all(bytes(font.getmask(letter)) != missing for letter in set(plain))
-    return plain if plain.strip() and known else str(label)
+    return plain if plain.strip() and known else instead
 
 
 def of_labels(source: Source, labels: Sequence[int]) -> Tensor:

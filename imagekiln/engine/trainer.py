@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from imagekiln import native, optim, signals
 from imagekiln.config import Recipe
 from imagekiln.core import Family, Phase, Progress, Source, half_cosine, mix
-from imagekiln.engine import augment, checkpoint, device, pictures, validation
+from imagekiln.engine import augment, checkpoint, device, pictures, previews, validation
 from imagekiln.engine.doctor import Doctor
-from imagekiln.engine.generate import draw, invents, labels_for
 from imagekiln.engine.guard import Guard
-from imagekiln.engine.inputs import examples, in_words
+from imagekiln.engine.inputs import examples
 from imagekiln.engine.models import save_weights
 from imagekiln.engine.run import Run
 from imagekiln.engine.state import Listener, State, parts_of
@@ -35,7 +34,6 @@ from imagekiln.errors import CheckpointError, DiskError, Diverged, OutOfMemory, 
 TICK_SEC = 5.0
 FIRST_PREVIEW_SEC = 30.0
 SKIPS_BEFORE_ROLLBACK, SKIP_WINDOW_STEPS, MAX_ROLLBACKS = 3, 20, 3
-PREVIEW_IMAGES = 40
 
 
 class Trainer:
@@ -323,20 +321,11 @@ class Trainer:
         return stop or self.state.doctor.stopped
 
     def preview(self) -> None:
-        """The same seeds every time, so that the pictures can be compared over time; or held-out pictures and what an
-        autoencoder makes of them, row by row."""
+        """Draw the sheet of this moment (`engine.previews`) and write it into the run."""
         if not self.family.draws:
             return
-        twin, columns = self.inference_twin(), pictures.columns_for(PREVIEW_IMAGES, 0)
         with self._precision():
-            if invents(self.family):
-                labels = labels_for(PREVIEW_IMAGES, self.family.num_classes)
-                seeds = [mix(self.config.seed, "preview", index) for index in range(len(labels))]
-                images = draw(twin, seeds, in_words(twin, self.validation.source, labels), batch=len(seeds))
-                columns = pictures.columns_for(len(seeds), self.family.num_classes)
-            else:
-                images = self.validation.pairs(twin, PREVIEW_IMAGES // 2, columns)
-        picture = pictures.grid(images, columns)
+            picture = previews.sheet(self.inference_twin(), self.config, self.validation)
         pictures.write(picture, self.run.sample_path(self.state.nimg))
         self.listener.preview(self.state.nimg, picture)
         self._restart_clock()

@@ -44,11 +44,13 @@ MOST_COLUMNS = 16
 
 @dataclass(frozen=True)
 class Sheet:
-    """A sheet of pictures with the class of each column above it; `upright` where the names are short."""
+    """A sheet of pictures with the class of each column above it, or the prompt of each row below it; `upright` where
+    the names of classes are short."""
 
     picture: Picture
     caption: str
     columns: Sequence[str] = ()
+    prompts: Sequence[str] = ()
 
     @property
     def upright(self) -> bool:
@@ -84,7 +86,10 @@ def _gather(run: Run) -> dict[str, Any]:
     clean = _cleaner({str(run.path.resolve()): name, str(run.path.absolute()): name, data: last_component(data)})
     classes = _class_names(run)
     samples, measurements = run.samples(), _mappings(run.measurements())
-    drawn = _sheet(samples[-1][1], f"Drawn by the model, {moment(samples[-1][0])}", classes) if samples else None
+    prompts = [clean(prompt) for prompt in _strings(_section(recipe, "train").get("prompts"))]
+    drawn = (
+        _sheet(samples[-1][1], f"Drawn by the model, {moment(samples[-1][0])}", classes, prompts) if samples else None
+    )
     real = _sheet(run.picture_path("real"), "Real pictures it learned from", classes)
     neighbours = _sheet(run.picture_path("neighbours"), "Drawn pictures, each above its nearest training picture", ())
     return {
@@ -96,6 +101,7 @@ def _gather(run: Run) -> dict[str, Any]:
         "facts": _facts(run, stats),
         "charts": charts(stats),
         "timeline": _timeline(samples),
+        "prompts": prompts,
         "num_previews": len(samples),
         "tables": tables(measurements),
         "plots": plots(measurements),
@@ -196,10 +202,10 @@ def _command(words: Sequence[str]) -> str:
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _sheet(path: Path, caption: str, classes: Sequence[str]) -> Sheet | None:
+def _sheet(path: Path, caption: str, classes: Sequence[str], prompts: Sequence[str] = ()) -> Sheet | None:
     picture = embed(path, caption, *LARGE)
-    columns = classes if 2 <= len(classes) <= MOST_COLUMNS else ()
-    return None if picture is None else Sheet(picture, caption, columns)
+    columns = classes if 2 <= len(classes) <= MOST_COLUMNS and not prompts else ()
+    return None if picture is None else Sheet(picture, caption, columns, prompts)
 
 
 def _timeline(samples: Sequence[tuple[int, Path]]) -> list[Picture]:
@@ -264,6 +270,10 @@ def _section(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _largest(rows: Sequence[Mapping[str, Any]], key: str) -> float:
     return max((row[key] for row in rows if isinstance(row.get(key), int | float)), default=0.0)
+
+
+def _strings(value: Any) -> list[str]:
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
 
 
 def _mappings(rows: Sequence[Any]) -> list[Mapping[str, Any]]:

@@ -214,6 +214,38 @@ def test_captions_that_are_cut_are_counted(photos: Path):
     assert said(4) == ["85 of 85 captions are longer than this model reads; their ends are left out."]
 
 
+def test_previews_are_asked_for_the_prompts_of_the_recipe(photos: Path, tmp_path: Path):
+    prompts = ["red, tag1", "犬 <b>", "red, tag1", "blue " * 2000]
+    train = {"total_kimg": 0.032, "batch": 8, "doctor": "off", "precision": "fp32"}
+    wanted = made(photos, train=train | {"prompts": prompts})
+    remarks = inputs.text_remarks(begun(wanted)[0].train, prompts)
+    assert [remark[:25] for remark in remarks if "prompts" in remark] == ['train.prompts: "blue blue']
+    run = imagekiln.train(wanted, data=photos, out=tmp_path / "named")
+    sheets = [np.asarray(Image.open(file)) for _, file in run.samples()]
+    height, width = 4 * 9 - 1, 8 * 9 - 1
+    zoom = sheets[0].shape[0] // height
+    margin = sheets[0].shape[1] - width * zoom
+    titles = [sheet[:, :margin] for sheet in sheets]
+    assert titles[0].min() < 128 and all(np.array_equal(one, titles[0]) for one in titles), "the same at every moment"
+    rows = [sheets[-1][row * 9 * zoom : (row * 9 + 8) * zoom, margin:] for row in range(4)]
+    assert np.array_equal(rows[0], rows[2]), "the same noise in every row"
+
+    usual = imagekiln.train(made(photos), data=photos, out=tmp_path / "usual")
+    kept = [open_weights(one) for one in (run, usual)]
+    assert all(torch.equal(kept[0][name], value) for name, value in kept[1].items()), "what is learned is the same"
+
+
+def open_weights(run: Run) -> dict[str, torch.Tensor]:
+    return dict(models.open_model(run).family.state_dict())
+
+
+def test_prompts_of_previews_are_refused_by_a_family_that_reads_no_text(photos: Path):
+    with pytest.raises(RecipeError, match=r"train\.prompts: a diffusion model reads no text\. Leave them out\."):
+        begun(made(photos, "diffusion", family=BLIND, train={"prompts": ["a cat"]}))
+    with pytest.raises(RecipeError, match=r"train\.prompts"):
+        made(photos, train={"prompts": ["a cat"] * 41})
+
+
 def test_names_of_classes_are_captions_where_there_are_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("IMAGEKILN_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "classes"

@@ -286,6 +286,20 @@ def test_names_are_written_in_letters_that_the_font_has(name: str, letters: str)
     assert pictures.class_rows(image, [0], [name]).tobytes() == pictures.class_rows(image, [0], [letters]).tobytes()
 
 
+def test_rows_of_prompts_stand_beside_their_pictures_and_long_ones_end():
+    shades = torch.tensor([10, 20, 30, 40], dtype=torch.uint8).view(4, 1, 1, 1).expand(-1, 1, 16, 16)
+    pixels = np.asarray(pictures.prompt_rows(shades, ["a red shoe on a white table, " * 99, "犬\n"]))
+    zoom = 8
+    assert pixels.shape[0] == (2 * 17 - 1) * zoom
+    margin = pixels.shape[1] - (2 * 17 - 1) * zoom
+    assert 100 < margin < 400
+    centres = pixels[8 * zoom :: 17 * zoom, margin + 8 * zoom :: 17 * zoom]
+    assert centres.tolist() == [[10, 20], [30, 40]]
+    lines = np.flatnonzero(pixels[: 16 * zoom, :margin].min(1) < 128)
+    assert 16 * zoom * 0.7 < lines.max() - lines.min() and lines.min() > 0, "as many lines as there is room for"
+    assert pixels[17 * zoom :, :margin].min() < 128, "a number where there are no letters"
+
+
 def test_walks_of_frames_that_are_equal_still_open():
     frames = torch.zeros(6, 1, 8, 8, dtype=torch.uint8)
     with Image.open(io.BytesIO(pictures.animation(frames, fps=10))) as film:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from markupsafe import escape
 from PIL import Image
 from safetensors.numpy import save_file
 from webpage import ATTACK, Page
@@ -385,6 +386,18 @@ def test_a_long_timeline_keeps_its_ends(tmp_path):
     assert len(shown) == page.MOST_PREVIEWS
     assert (shown[0].shows, shown[-1].shows) == ("before training", "after 149 thousand images")
     assert "60 of 150 moments" in page.render(run)
+
+
+def test_prompts_of_previews_are_listed_below_the_newest_one(tmp_path):
+    prompts = ["a red shoe", "犬", ATTACK]
+    recipe = f"[family]\nname = '{FAMILY}'\n[train]\nprompts = {json.dumps(prompts)}\n"
+    run = bare_run(tmp_path / "run", recipe)
+    add_picture(run.sample_path(0))
+    add_picture(run.sample_path(1000))
+    add_weights(run, ("cat", "dog"))
+    shown = page.render(run)
+    assert [shown.count(f"<li>{escape(prompt)}</li>") for prompt in prompts] == [1, 1, 1] and ATTACK not in shown
+    assert "and the same prompts, so" in shown and ">cat</span>" not in shown
 
 
 @pytest.mark.parametrize("num_classes", [2, page.MOST_COLUMNS, page.MOST_COLUMNS + 1])
