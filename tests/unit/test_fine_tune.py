@@ -148,6 +148,44 @@ def test_captions_that_are_longer_than_encoders_read_are_known(kind: str):
     assert not model.cuts("a cat") and model.cuts("a cat " * 20)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_are_encoded_once_while_there_is_room(monkeypatch: pytest.MonkeyPatch, kind: str):
+    base = family(kind).base
+    calls: list[int] = []
+    base.encoders[0].register_forward_hook(lambda *_: calls.append(1))
+    tokens = base.read(["a cat", "a dog", "a cat", "a fish", "a fish"])
+    each = [base.words(tokens[place : place + 1], learning=True) for place in range(len(tokens))]
+    whole = [one.whole_BP for one in each if one.whole_BP is not None]
+    calls.clear()
+    base.words(tokens[:1])
+    one_text = base._remembered_bytes
+    monkeypatch.setattr(pretrained, "REMEMBERED_BYTES", 2 * one_text)
+    for _ in range(3):
+        words = base.words(tokens)
+        assert torch.equal(words.states_BLW, torch.cat([one.states_BLW for one in each]))
+        assert words.whole_BP is None if not whole else torch.equal(words.whole_BP, torch.cat(whole))
+    assert len(calls) == 2 + 3, "two are remembered, and the third one is encoded once a batch"
+    assert base._remembered_bytes == 2 * one_text and len(base._remembered) == 2
+    for kept in base._remembered.values():
+        assert kept.states_BLW.any(-1).all() and kept.states_BLW.any(1).all(), "zeros of absent encoders are not"
+
+
+def test_words_of_the_third_encoder_stand_behind_those_of_the_others():
+    transformers = pytest.importorskip("transformers")
+    base = family("sd3").base
+    absent = base.words(base.read(["a cat"])).states_BLW
+    width, length = absent.shape[-1], absent.shape[1] - pretrained.T5_TOKENS
+    assert absent[:, :length].any() and not absent[:, length:].any()
+    sizes = {"vocab_size": 1000, "d_model": width, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    base.encoders.append(transformers.T5EncoderModel(transformers.T5Config(**sizes)).eval())
+    base.tokenizers.append(base.tokenizers[0])
+    tokens = base.read(["a cat"])
+    words = base.words(tokens).states_BLW
+    assert torch.equal(words[:, :length], absent[:, :length])
+    with torch.no_grad():
+        assert torch.equal(words[:, length:], base.encoders[2](tokens[:, length * 2 :]).last_hidden_state)
+
+
 def test_copies_draw_with_what_they_learned_themselves():
     model = family(method="lora").eval()
     twin = copy.deepcopy(model)
