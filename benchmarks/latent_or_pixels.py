@@ -62,7 +62,7 @@ COLUMNS = {"frechet": "FD", "precision": "prec", "recall": "recall", "coverage":
 class Preset:
     """What is laid over a recipe, and why.
 
-    million: parameters for RGB pictures of 64 pixels, or their latents of 16 x 16 x 4, with 102 classes.
+    million: parameters for RGB pictures of 64 pixels, or their latents of 16 x 16 x 8, with 102 classes.
     """
 
     recipe: str

@@ -32,13 +32,13 @@ def test_the_examples_are_true(bench: ModuleType) -> None:
 
 
 def test_presets_have_the_sizes_they_claim(bench: ModuleType) -> None:
-    """And learn what they are to learn: latents of 16 x 16 x 4, or the pixels themselves, mirrored in both cases."""
+    """And learn what they are to learn: latents of 16 x 16 x 8, or the pixels themselves, mirrored in both cases."""
     for arm, preset in bench.PRESETS.items():
         recipe = recipes.resolve(preset.recipe, assignments=preset.settings)
         over_latents = arm.startswith("latents")
         assert bool(recipe.data.codec) == over_latents and recipe.data.flip, arm
         assert recipe.family.sample.steps == recipes.resolve("flowers-latent").family.sample.steps, arm
-        family = recipes.build(recipe, (4, 16, 16) if over_latents else (3, 64, 64), 102)
+        family = recipes.build(recipe, (8, 16, 16) if over_latents else (3, 64, 64), 102)
         assert round(sum(p.numel() for p in family.parameters()) / 1e6, 2) == preset.million, arm
         assert preset.why
 
