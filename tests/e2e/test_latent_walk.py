@@ -32,7 +32,7 @@ def test_a_walk_goes_through_the_pictures_of_the_same_seed(cli, reference, tmp_p
     plain = ["generate", run, "-n", 3, "--seed", 9, *label]
     cli(*plain, "--out", tmp_path / "plain").ok()
     answered = cli(*plain, "--interpolate", FRAMES, "--fps", 25, "--out", tmp_path / "walk", "--json").ok().json()
-    assert {"pictures", "grid", "walk", "strip", "weights", "understood"} == set(answered)
+    assert {"pictures", "grid", "walk", "strip", "weights", "understood", "cut"} == set(answered)
     names = [f"{index:06d}.png" for index in range(3)]
     for name in [*names, "grid.png"]:
         assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "walk" / name).read_bytes(), name
@@ -131,7 +131,7 @@ def test_projections_that_cannot_be(cli, reference, tmp_path: Path) -> None:
     Image.new("L", (20, 30), 100).save(picture)
     text.write_text("hello")
     cli("project", run, text, "--out", out).refused(3, "text.png", "cannot be used")
-    cli("project", run, tmp_path / "none.png", "--out", out).refused(3, "none.png cannot be used: no such file")
+    cli("project", run, tmp_path / "none.png", "--out", out).refused(3, "none.png does not exist")
     cli("project", tmp_path, picture, "--out", out).refused(2, "not a run folder")
     cli("project", run, picture, "--out", out, "--label", "eleven").refused(2, "eleven")
     cli("project", reference("vqvae"), picture, "--out", out).refused(2, "cannot be searched")

@@ -210,8 +210,8 @@ def test_pictures_from_outside_come_at_the_models_size(tmp_path):
     assert read_picture(tmp_path / "red.png", model).shape == SHAPE
     assert read_picture(tmp_path / "red.png", model)[:, 4, 4].tolist() == [255, 0, 0]
     (tmp_path / "text.png").write_text("hello")
-    for name in ("text.png", "missing.png", "."):
-        with pytest.raises(DataError, match="cannot be used"):
+    for name, why in (("text.png", "cannot be used"), ("missing.png", "does not exist"), (".", "cannot be used")):
+        with pytest.raises(DataError, match=why):
             read_picture(tmp_path / name, model)
     with pytest.raises(UsageError, match="this model draws"):
         search(linear(), torch.zeros(3, 4, 4, dtype=torch.uint8), [UNLABELLED], NOTHING)
