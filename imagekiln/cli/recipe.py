@@ -22,6 +22,7 @@ def show(
     from imagekiln.config import write_toml
     from imagekiln.engine import recipe as recipes
 
+    name = recipes.meant(name)
     resolved = recipes.resolve(name, assignments=settings or [])
     comment = "".join(f"# {line}\n" for line in recipes.header(name).splitlines()) if name in recipes.names() else ""
     answer(comment + write_toml(resolved), resolved.model_dump(mode="json"), as_json)

@@ -31,6 +31,20 @@ def is_recipe(name: str) -> bool:
     return name.endswith(".toml") or (name in names() and not Path(name).exists())
 
 
+def meant(name: str) -> str:
+    """The recipe or family of the package that this name spells, hyphens and underscores aside; others as they are.
+
+    >>> meant("fewstep"), meant("style-gan-2"), meant("my/few_step.py")
+    ('few-step', 'stylegan2', 'my/few_step.py')
+    """
+    known = [*names(), *registry.names()]
+    return name if name in known else {_letters(one): one for one in reversed(known)}.get(_letters(name), name)
+
+
+def _letters(name: str) -> str:
+    return name.replace("-", "").replace("_", "")
+
+
 def goes_on(name: str) -> bool:
     """Whether a recipe of the package says only what is different from a run that it goes on from (`train --from`)."""
     return "name" not in read_toml(_folder / f"{name}.toml").get("family", {})
@@ -42,6 +56,7 @@ def text(name: str) -> str:
     Raises:
         RecipeError: no such recipe.
     """
+    name = meant(name)
     if name not in names():
         raise RecipeError(f"There is no recipe {name!r}. {did_you_mean(name, names())}")
     return (_folder / f"{name}.toml").read_text(encoding="utf-8")
@@ -61,6 +76,7 @@ def resolve(
     Raises:
         RecipeError: the name is unknown, or a setting is; the sentence names the nearest known one.
     """
+    name = meant(name)
     if not name and under:
         values = {}
     elif name in names():

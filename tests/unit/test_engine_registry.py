@@ -35,6 +35,13 @@ def test_a_near_name_is_suggested() -> None:
         recipes.resolve("vea")
 
 
+def test_a_name_may_be_spelt_with_other_hyphens() -> None:
+    assert recipes.resolve("emoji_text") == recipes.resolve("emoji-text")
+    assert recipes.resolve("r3-gan") == recipes.resolve("r3gan")
+    known = [*recipes.names(), *registry.names()]
+    assert [recipes.meant(name) for name in known] == known
+
+
 def test_a_file_that_fails_can_be_mended_and_loaded_again(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("1 / 0")
