@@ -1,4 +1,7 @@
-"""No training step waits for its device: on a GPU, reading one number stops the host until all work is done."""
+"""No training step waits for its device: on a GPU, reading one number stops the host until all work is done.
+
+Not asked here, because the toy has no captions: words that change from step to step, which are read on the host.
+"""
 
 from __future__ import annotations
 

@@ -3,11 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from imagekiln.nets import pretrained
 from imagekiln.nets.libraries import diffusers as library
+
+
+def xl_unet(
+    widths: tuple[int, ...], heads: tuple[int, ...], layers: tuple[int, ...], words: int, whole: int, **given: Any
+) -> Any:
+    """A U-Net of the kind that XL was published with. words, whole: numbers of a word, and of a whole text."""
+    return library().UNet2DConditionModel(
+        block_out_channels=widths,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=words,
+        attention_head_dim=heads,
+        transformer_layers_per_block=layers,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=6 * 256 + whole,
+        **given,
+    )
+
+
+def full_autoencoder(widths: tuple[int, ...], **given: Any) -> Any:
+    """An autoencoder of the kind that Stable Diffusion 1 and XL were published with."""
+    return library().AutoencoderKL(
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        layers_per_block=2,
+        **given,
+    )
 
 
 def write_whole_base(folder: Path, kind: str) -> Path:
@@ -29,27 +60,8 @@ def write_whole_base(folder: Path, kind: str) -> Path:
         first, sizes = parts["text_encoder"].config, {"hidden_size": 48, "intermediate_size": 192, "projection_dim": 48}
         sizes |= {"num_hidden_layers": 3, "num_attention_heads": 6, "hidden_act": "gelu"}
         parts["text_encoder_2"] = type(parts["text_encoder_2"])(type(first)(**first.to_dict() | sizes))
-        parts["unet"] = diffusers.UNet2DConditionModel(
-            block_out_channels=(32, 64, 64),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=80,
-            attention_head_dim=(4, 8, 8),
-            transformer_layers_per_block=(1, 1, 2),
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=6 * 256 + 48,
-            **given,
-        )
-    parts["vae"] = diffusers.AutoencoderKL(
-        block_out_channels=(32, 64, 128, 128),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        scaling_factor=0.5,
-    )
+        parts["unet"] = xl_unet((32, 64, 64), heads=(4, 8, 8), layers=(1, 1, 2), words=80, whole=48, **given)
+    parts["vae"] = full_autoencoder((32, 64, 128, 128), scaling_factor=0.5)
     parts["scheduler"] = diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
     )

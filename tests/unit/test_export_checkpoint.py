@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pretrained_folder import write_whole_base
+from pretrained_folder import full_autoencoder, write_whole_base, xl_unet
 from safetensors.torch import load_file, save_file
 
 import imagekiln
@@ -154,25 +154,9 @@ def test_what_shapes_do_not_tell_is_refused(run: Run, narrow: None, tmp_path: Pa
 def test_the_rules_are_those_of_the_published_sizes() -> None:
     """Every name and shape of real networks without weights, renamed."""
     with torch.device("meta"):
-        coder = diffusers.AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-        )
+        coder = full_autoencoder((128, 256, 512, 512))
         first = diffusers.UNet2DConditionModel(cross_attention_dim=768)
-        second = diffusers.UNet2DConditionModel(
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=2048,
-            attention_head_dim=(5, 10, 20),
-            transformer_layers_per_block=(1, 2, 10),
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
+        second = xl_unet((320, 640, 1280), heads=(5, 10, 20), layers=(1, 2, 10), words=2048, whole=1280)
         large = transformers.CLIPTextConfig(
             hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280
         )
