@@ -122,8 +122,8 @@ PRESETS = {
             *rates("discriminator", 8e-4, 4e-4),
         ),
         (1.22, 0.41),
-        "the paper's plain networks, narrower: residual ones that are as fast have 0.09 million parameters; two learning "
-        "rates (Heusel et al. 2017) instead of five discriminator steps",
+        "the paper's plain networks, narrower: residual ones that are as fast have 0.09 million parameters; two "
+        "learning rates (Heusel et al. 2017) instead of five discriminator steps",
     ),
     "biggan": Preset(
         ("family.critic_steps=1", *rates("discriminator", 1e-3, 5e-4)),

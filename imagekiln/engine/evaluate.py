@@ -64,7 +64,10 @@ def _evaluate_run(
 ) -> list[Measurement]:
     recipe = recipes.complete(read_toml(run.recipe_path))
     model = open_model(run)
-    if not invents(model.family):
+    if invents(model.family):
+        chosen = options_for(model.family, {key: value for key, value in drawing.items() if key != "guide"})
+        guide_by(model, drawing.get("guide"), chosen)
+    else:
         given = drawing | ({} if n is None else {"n": n})
         _leave_out(given, f"{run.path} is measured without drawing anything")
     config = recipe.data if data is None else recipe.data.model_copy(update={"path": str(data)})
@@ -84,9 +87,6 @@ def _evaluate_run(
         say(f"Drawing {count} pictures.")
         labels = bench.labels(count)
         seeds = [mix(seed, "evaluate", index) for index in range(count)]
-        options = {key: value for key, value in drawing.items() if key != "guide"}
-        chosen = options_for(model.family, options)
-        guide_by(model, drawing.get("guide"), chosen)
         with model.precision():
             wanted = in_words(model.family, dataset.validation, labels)
             images = draw(model.family, seeds, wanted, chosen, BATCH)

@@ -33,7 +33,7 @@ def judge(dataset: datasets.Dataset, number: int, say: Say) -> Model:
     settings = json.dumps(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
     key = f"{mix(dataset.fingerprint, recipe.family.name, settings):016x}"
     run = Run(datasets.cache_folder() / "judges" / key)
-    with run.lock():
+    with run.lock(lambda: say(f"Waiting for judge {number + 1} of 2, which another process is training.")):
         if run.status().get("state") != "finished":
             say(f"Training judge {number + 1} of 2 on {len(dataset.train):,} real pictures (once for this set).")
             run = Run.create(run.path, write_toml(recipe), {"average": recipe.train.averages[0].name})

@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -138,8 +138,10 @@ class Run:
             raise UsageError(f"{self.path} holds files but no run. Name an empty or new folder with --out.")
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, await_other: Callable[[], None] | None = None) -> Iterator[None]:
         """Hold the folder for one writer; released by the system when the process ends in whatever way.
+
+        await_other: called before another process is waited for, which is otherwise an error.
 
         Raises:
             UsageError: another process is writing to this run, or the folder holds something else.
@@ -152,9 +154,12 @@ class Run:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                raise UsageError(
-                    f"Another process is training in {self.path}. Wait for it, or name another folder with --out."
-                ) from None
+                if await_other is None:
+                    raise UsageError(
+                        f"Another process is training in {self.path}. Wait for it, or name another folder with --out."
+                    ) from None
+                await_other()
+                lock.acquire()
         try:
             yield
         finally:

@@ -149,7 +149,8 @@ def test_drawing(cli, reference, tmp_path: Path, extra: list[str], words: list[s
 
 def test_measuring(cli, reference) -> None:
     cli("evaluate", reference("vae"), "--option", "seed=3").refused(2, "--option seed", "use --seed")
-    cli("evaluate", reference("vae"), "--option", "speed=3").refused(2, "--speed", "vae")
+    refused = cli("evaluate", reference("vae"), "--option", "speed=3").refused(2, "--speed", "vae")
+    assert "judge" not in refused.err, "what cannot be drawn is said before a judge is trained"
 
 
 def test_a_folder_without_run_or_weights(cli, tiny, reference, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import stat
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,23 @@ def test_one_writer(run: Run) -> None:
         pass
     with run.lock():
         pass
+
+
+def test_a_second_writer_may_wait_for_the_first(run: Run) -> None:
+    order: list[str] = []
+
+    def second() -> None:
+        with Run(run.path).lock(lambda: order.append("waits")):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with run.lock():
+        thread.start()
+        while not order:
+            time.sleep(0.001)
+        order.append("first")
+    thread.join()
+    assert order == ["waits", "first", "second"]
 
 
 def test_a_lock_leaves_no_empty_folder(tmp_path: Path) -> None:
