@@ -29,11 +29,14 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     hypothesis.settings.register_profile("untimed", deadline=None)  # machines are noisy
     hypothesis.settings.load_profile("untimed")
-    config.stash[_before] = os.environ.get("IMAGEKILN_CACHE")
-    os.environ["IMAGEKILN_CACHE"] = tempfile.mkdtemp(prefix="imagekiln-test-cache-")
+    if not hasattr(config, "workerinput"):  # workers share the cache of the process that starts them
+        config.stash[_before] = os.environ.get("IMAGEKILN_CACHE")
+        os.environ["IMAGEKILN_CACHE"] = tempfile.mkdtemp(prefix="imagekiln-test-cache-")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        return
     shutil.rmtree(os.environ.pop("IMAGEKILN_CACHE"), ignore_errors=True)
     if config.stash[_before] is not None:
         os.environ["IMAGEKILN_CACHE"] = config.stash[_before]

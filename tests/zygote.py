@@ -1,4 +1,4 @@
-"""Runs `imagekiln` command lines in processes of their own without paying for `import torch` each time.
+"""Runs `imagekiln` command lines in processes of their own without paying for `import torch` and the like each time.
 
 A request is a line of JSON on stdin. `{"start": [arguments], "cwd": ..., "out": ..., "err": ..., "limits": ...}` forks
 a child that calls the same `main()` as the console script, and answers its process id; `{"poll": pid}` answers its exit
@@ -7,6 +7,7 @@ code (negative for a signal) or null. Nothing is computed before the fork, so a 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -20,6 +21,10 @@ import torch._dynamo  # every first optimizer of a process imports it
 
 from imagekiln import api  # noqa: F401  everything a verb imports late
 from imagekiln.cli.main import main
+
+with contextlib.suppress(ImportError):  # an extra; what is named here imports a thousand modules
+    from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel, UNet2DConditionModel  # noqa: F401
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer  # noqa: F401
 
 torch.set_num_threads(1)
 

@@ -22,7 +22,7 @@ from imagekiln.metrics import Measurement, Provenance, wilson
 
 @pytest.fixture(scope="module")
 def bench() -> evaluate.Bench:
-    digits = data.load(DataConfig(path="builtin:digits", validation_fraction=0.3))
+    digits = data.load(DataConfig(path="builtin:digits"))
     return evaluate.Bench(digits, "auto", 0, lambda sentence: None, "nothing")
 
 
@@ -53,7 +53,7 @@ def test_real_pictures_score_like_real_ones(bench: evaluate.Bench) -> None:
 
 
 def test_held_out_pictures_are_no_copies(bench: evaluate.Bench) -> None:
-    found = by_name(bench.measure(bench.dataset.validation.read(range(300)).images, None))
+    found = by_name(bench.measure(bench.dataset.validation.read(range(150)).images, None))
     assert found["copy_ratio"].low <= 1.0 <= found["copy_ratio"].high
     assert "label_accuracy" not in found
 
@@ -70,7 +70,7 @@ def test_noise_and_mode_loss_are_seen(bench: evaluate.Bench) -> None:
 
 
 def test_wrong_labels_are_seen(bench: evaluate.Bench) -> None:
-    batch = bench.dataset.validation.read(range(300))
+    batch = bench.dataset.validation.read(range(150))
     found = by_name(bench.measure(batch.images, ((batch.labels + 1) % 10).tolist()))
     assert found["label_accuracy"].value < 0.05
 
@@ -82,11 +82,7 @@ def test_judge_is_trained_once_and_two_judges_differ(bench: evaluate.Bench) -> N
 
 
 def test_a_run_keeps_its_measurements(tmp_path: Path) -> None:
-    settings = {
-        "family": {"width": 8, "z_dim": 8},
-        "train": {"total_kimg": 0.2, "batch": 32},
-        "data": {"validation_fraction": 0.3},
-    }
+    settings = {"family": {"width": 8, "z_dim": 8}, "train": {"total_kimg": 0.2, "batch": 32}}
     run = api.train("vae", "builtin:digits", tmp_path / "run", settings=settings)
     rows = api.evaluate(run, n=100, features="randconv")
     assert {"frechet", "coverage", "mse", "r2", "copy_ratio", "label_accuracy"} <= {row.metric for row in rows}
