@@ -408,7 +408,7 @@ def test_noise_is_drawn_with_the_mean_and_spread_of_the_latents():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_learns_in_bfloat16(kind):
-    model, x = family(kind, width=16).train().to(memory_format=torch.channels_last), images(8)
+    model, x = family(kind, width=8).train().to(memory_format=torch.channels_last), images(4)
     groups = {"reconstruct": model.network, "discriminate": model.discriminator}
     steps = {name: torch.optim.Adam(net.parameters(), 2e-3) for name, net in groups.items()}
     errors = []
