@@ -169,11 +169,11 @@ def held_out(lesson: Lesson, settings: Distillation, path: Path, like: Tensor) -
 def arrived(student: Denoiser, eps: Tensor, levels: Sequence[float], path: Path) -> tuple[Tensor, float]:
     """Where the student's steps from noise lead: z at one of the levels, the same for the batch, and that level.
 
-    It is on its way in one step, two, ... or as many as there are levels, each as often, and at one of these steps: a
-    level is learned from as often as it is drawn from, the first most of all, which has the longest way to go. Both
-    numbers are of torch's global generator on the CPU, so that no step waits for a device.
+    It is on its way in one step, two, ... or as many as there are levels, in k of them 1 / k as often as in one, and at
+    one of these steps: the fewer steps, the harder each. So the first level is learned from most of all, from which all
+    ways begin. Both numbers are of torch's global generator on the CPU, so that no step waits for a device.
     """
-    steps = 1 + int(torch.randint(len(levels), ()))
+    steps = 1 + int(torch.multinomial(1 / torch.arange(1.0, len(levels) + 1), 1))
     grid = visited(levels, steps)[: 1 + int(torch.randint(steps, ()))]
     return samplers.euler(student, eps, torch.tensor(grid, dtype=torch.float64), path), grid[-1]
 

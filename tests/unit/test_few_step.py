@@ -100,7 +100,7 @@ def test_where_the_student_arrives() -> None:
 
 
 def test_a_student_is_on_the_ways_that_it_draws_in() -> None:
-    """In 1, 2, 3 or 4 of four levels: the first level in 1 + 1/2 + 1/3 + 1/4 of four draws, the last in 1/4."""
+    """In 1, 2, 3 or 4 of four levels, in k of them 1 / k as often as in one, and at one of its k places."""
     settings, on = Distillation(levels=(8.0, 4.0, 2.0, 1.0)), paths.path("rf")
     ways = {tuple(settings.grid(Drawing(steps=steps, sampler="euler")).tolist()) for steps in (1, 2, 3, 4)}
     met: list[float] = []
@@ -115,11 +115,12 @@ def test_a_student_is_on_the_ways_that_it_draws_in() -> None:
         _, level = distillation.arrived(student, torch.zeros(1, 1), settings.levels, on)
         assert any(way[: len(seen) + 1] == (*seen, level) for way in ways)
         met.append(level)
+    all_ways = 1 + 1 / 2 + 1 / 3 + 1 / 4
     expected = {
-        8.0: (1 + 1 / 2 + 1 / 3 + 1 / 4) / 4,
-        4.0: (1 / 3 + 1 / 4) / 4,
-        2.0: (1 / 2 + 1 / 3 + 1 / 4) / 4,
-        1.0: 1 / 16,
+        8.0: (1 + 1 / 4 + 1 / 9 + 1 / 16) / all_ways,
+        4.0: (1 / 9 + 1 / 16) / all_ways,
+        2.0: (1 / 4 + 1 / 9 + 1 / 16) / all_ways,
+        1.0: 1 / 16 / all_ways,
     }
     for level, share in expected.items():
         assert met.count(level) / len(met) == pytest.approx(share, abs=4 * (share / len(met)) ** 0.5)
