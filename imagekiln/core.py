@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -160,6 +161,10 @@ class Family(nn.Module, ABC):
     companions: ClassVar[Sequence[str]] = ()
     """Fields of the `family` section that name the run of another model, which training needs beside this one."""
 
+    published: ClassVar[Mapping[str, Callable[[Path, tuple[int, ...]], Any]]] = {}
+    """Those of `companions` that may also name a file of weights published elsewhere, each with what opens it for
+    pictures of a shape, as a module; it raises `UsageError` for files of anything else."""
+
     foundation: ClassVar[str] = ""
     """Field of the `family` section that names a folder of pretrained weights, which stay there; "" for none. The
     autoencoder in it is the codec, unless the recipe names another."""
@@ -182,7 +187,7 @@ class Family(nn.Module, ABC):
         self.config = config
         self.image_shape = tuple(image_shape)
         self.num_classes = num_classes
-        self.companion: dict[str, Family] = {}
+        self.companion: dict[str, Any] = {}
         """The models of `companions`, frozen, by field; filled before training, and not part of this one's state."""
         self.guide: Any = None
         """A weaker model of the same family that guides what this one draws; set before drawing."""

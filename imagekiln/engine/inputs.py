@@ -23,6 +23,7 @@ from imagekiln.core import UNLABELLED, Batch, Family, Source, mix
 from imagekiln.data import Dataset
 from imagekiln.data.captions import reworded, varied
 from imagekiln.data.phrasebook import MOST_SIGNS
+from imagekiln.engine import device as devices
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine import registry
 from imagekiln.engine.codec import Codec, Coder, Latents, latents
@@ -82,7 +83,7 @@ def begin(
         _require_shapes(family, shaped.shapes_N2)
     for field in family.companions:
         if path := getattr(recipe.family, field):
-            family.companion[field] = _companion(f"family.{field}", path).family
+            family.companion[field] = _companion(family, field, path, recipe.train.device)
     captions = captions_of(train)
     wordings = recipe.data.wordings
     family.study([reworded(caption, 0, place, wordings=wordings) for place, caption in enumerate(captions or [])])
@@ -149,7 +150,7 @@ def _begin_with(family: Family, path: str) -> None:
     Raises:
         RecipeError: that run is not there, or its networks are of another kind or size.
     """
-    where, before = f"train.start = {path!r}", _companion("train.start", path).family
+    where, before = f"train.start = {path!r}", _model("train.start", path).family
     if type(before) is not type(family):
         raise RecipeError(f"{where} holds a {before.config.name}, and this run trains a {family.config.name}.")
     for name in family.averaged:
@@ -163,23 +164,49 @@ def _begin_with(family: Family, path: str) -> None:
 
 
 def companion_hashes(recipe: Recipe) -> dict[str, str]:
-    """Hashes of the weights that a training needs beside its own, by setting: other runs', and pretrained ones.
+    """Hashes of the weights that a training needs beside its own, by setting: other runs', and published ones.
 
     Raises:
-        RecipeError: a run is not there.
+        RecipeError: a run or a file is not there.
     """
     kind = registry.load(recipe.family.name)
-    named = {f"family.{field}": getattr(recipe.family, field) for field in kind.companions}
-    named["train.start"] = recipe.train.start
-    found = {setting: hash_of(_companion(setting, path).weights) for setting, path in named.items() if path}
+    found = {}
+    for field in kind.companions:
+        if path := getattr(recipe.family, field):
+            file = _published(kind, field, path)
+            found[f"family.{field}"] = hash_of(file or _model(f"family.{field}", path).weights)
+    if recipe.train.start:
+        found["train.start"] = hash_of(_model("train.start", recipe.train.start).weights)
     if kind.foundation:
         found[f"family.{kind.foundation}"] = pretrained.fingerprint(getattr(recipe.family, kind.foundation))
     return found
 
 
-def _companion(setting: str, path: str) -> Model:
+def _companion(family: Family, field: str, path: str, device: str) -> Any:
+    """The frozen model that a field of the family names, on a device. Raises `RecipeError` where there is none."""
+    file = _published(type(family), field, path)
+    if file is None:
+        return _model(f"family.{field}", path, device).family
     try:
-        return open_model(Run.open(path))
+        network = family.published[field](file, family.image_shape)
+    except UsageError as error:
+        raise RecipeError(f"family.{field}: {error}") from None
+    return devices.place(network, devices.choose(device)).eval().requires_grad_(False)
+
+
+def _published(kind: type[Family], field: str, path: str) -> Path | None:
+    """The file of a published network that a field names; None where it names a run."""
+    file = Path(path).expanduser()
+    if field not in kind.published or file.is_dir():
+        return None
+    if not file.is_file():
+        raise RecipeError(f"family.{field} = {path!r} does not exist. Name a run folder or a .safetensors file.")
+    return file
+
+
+def _model(setting: str, path: str, device: str = "auto") -> Model:
+    try:
+        return open_model(Run.open(path), device=device)
     except UsageError as error:
         raise RecipeError(f"{setting}: {error}") from None
 

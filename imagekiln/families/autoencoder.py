@@ -8,10 +8,11 @@ al. 2021 (arXiv:2012.09841, eq. 6 and 7). With a picture x of P numbers, its rec
 
 R the first two terms, A = -mean D(y), L the decoder's last weight. Everything is per number of a picture, so that one
 learning rate suits all sizes; times P it is the paper's sum, and `kl_weight` is a price of nats a picture as there. d
-compares the maps of a trained judge (`perceptual`): every map's channels scaled to length 1, squared differences summed
-over channels, averaged over pixels and maps. It is LPIPS (Zhang et al. 2018) without its learned weights and networks,
-and not to be compared with it. D is a hinge PatchGAN without normalisation; it learns for `RAMP` of the run before the
-decoder hears it, more and more during another `RAMP`. "tiny" has no posterior and pays nothing. "vq" pays commitment.
+compares maps of a network (`perceptual`): every map's channels scaled to length 1, squared differences summed over
+channels, averaged over pixels and maps. In a judge's maps, or in VGG-16's alone, it is not to be compared with LPIPS
+(Zhang et al. 2018); with the weights that LPIPS learned, and maps summed as there, it is LPIPS. D is a hinge PatchGAN
+without normalisation; it learns for `RAMP` of the run before the decoder hears it, more and more during another `RAMP`.
+"tiny" has no posterior and pays nothing. "vq" pays commitment.
 
 What differs from the paper: no learned scale of the error, and D's loss is not halved. The latents of "kl" and "tiny"
 are brought to mean 0 and deviation 1, channel by channel, by those of the batch in training and of all batches later
@@ -35,6 +36,7 @@ from imagekiln.nets import latent_autoencoder as nets
 from imagekiln.nets.adversarial import hinge_critic, linear_generator
 from imagekiln.nets.codebook import Codebook
 from imagekiln.nets.patch_discriminator import PatchDiscriminator, smallest_side
+from imagekiln.nets.vgg import Vgg16
 
 RAMP = 0.05
 """Share of the run in which the discriminator learns alone, and then of that in which its weight rises."""
@@ -74,7 +76,9 @@ class AutoencoderConfig(FamilyConfig):
     blocks: int = Field(1, ge=1, le=8, description="residual blocks a level (paper: 2; TAESD: 3)")
     num_codes: int = Field(1024, ge=2, description="codes in the book (vq)")
     kl_weight: float = Field(1e-6, ge=0, description="price of a nat a picture, in summed absolute errors (kl)")
-    perceptual: str = Field("", description="run folder of a judge in whose maps pictures are compared; empty = none")
+    perceptual: str = Field(
+        "", description="run folder of a judge, or file of VGG-16, in whose maps pictures are compared; empty = none"
+    )
     perceptual_weight: float = Field(1.0, ge=0, description="weight of that distance beside the mean absolute error")
     adversarial_weight: float = Field(0.25, ge=0, description="of the discriminator, times the adaptive one; 0 = off")
     adversarial_start_fraction: Fraction = Field(0.6, description="share of the run before the decoder hears it")
@@ -102,6 +106,7 @@ class Autoencoder(Family):
     train_defaults = {"batch": 16, "compile": "off", "choose": "last"}
     check_settings = {"width": 8, "blocks": 1, "adversarial_start_fraction": 0.0}
     companions = ("perceptual",)
+    published = {"perceptual": Vgg16.load}
     monitor = "reconstruction"
 
     def __init__(self, config: AutoencoderConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
@@ -213,12 +218,16 @@ class Autoencoder(Family):
         with torch.no_grad():
             wanted = [_unit(each) for each in judge.maps(x)]
         pairs = zip(wanted, judge.maps(y.to(x.dtype)), strict=True)
-        return torch.stack([(a - _unit(b)).square().sum(1).mean((1, 2)) for a, b in pairs]).mean(0)
+        squares = ((a - _unit(b)).square() for a, b in pairs)
+        if learned := getattr(judge, "channel_weights", None):
+            parts = zip(learned, squares, strict=False)  # small pictures have fewer maps
+            return torch.stack([(weights * square).sum(1).mean((1, 2)) for weights, square in parts]).sum(0)
+        return torch.stack([square.sum(1).mean((1, 2)) for square in squares]).mean(0)
 
     def _judge(self) -> Any:
         judge, where = self.companion.get("perceptual"), f"family.perceptual = {self.config.perceptual!r}"
         if judge is None:
-            raise RecipeError(f"{where}: that run was not loaded; name a folder that holds a finished run of a judge.")
+            raise RecipeError(f"{where}: it was not loaded; name a folder that holds a finished run of a judge.")
         if not hasattr(judge, "maps"):
             raise RecipeError(f"{where}: a {judge.config.name} model has no maps to compare pictures in; name a judge.")
         if judge.image_shape[0] != self.image_shape[0]:

@@ -19,6 +19,7 @@ from imagekiln.families.vae import Vae, VaeConfig
 from imagekiln.metrics import Regression
 from imagekiln.nets import latent_autoencoder as nets
 from imagekiln.nets.patch_discriminator import PatchDiscriminator, smallest_side
+from imagekiln.nets.vgg import Vgg16
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
@@ -245,6 +246,24 @@ def test_the_distance_is_the_closed_form_and_teaches_the_decoder_alone():
     assert all(parameter.grad is None for parameter in model.companion["perceptual"].parameters())
     assert not any(key.startswith("companion") for key in model.state_dict())
     assert float(model._distance(x, x).abs().max()) == 0 and float(model._distance(x, -x).min()) > 0
+
+
+@pytest.mark.parametrize("side", [16, 8])
+def test_with_learned_weights_of_channels_the_distance_is_lpips(side):
+    torch.manual_seed(2)
+    vgg = Vgg16((3, side, side), (4, 4, 6, 6, 8), weighted=True).requires_grad_(False)
+    for weights in vgg.features.parameters():  # maps as large as those of the published network
+        torch.nn.init.normal_(weights, std=0.3)
+    for weights in vgg.channel_weights:
+        weights.copy_(torch.rand_like(weights))
+    model = family(perceptual="vgg16.safetensors")
+    x, y = (images(shape=(3, side, side), seed=seed) for seed in (1, 2))
+    model.companion["perceptual"] = vgg
+    maps = [[F.normalize(one.double(), dim=1) for one in vgg.maps(pictures)] for pictures in (x, y)]
+    triples = zip(*maps, vgg.channel_weights, strict=False)
+    terms = [F.conv2d((a - b).square(), weights.double()).mean((1, 2, 3)) for a, b, weights in triples]
+    assert len(terms) == (5 if side == 16 else 4)
+    torch.testing.assert_close(model._distance(x, y).double(), sum(terms), atol=0, rtol=1e-3)
 
 
 def test_the_distance_is_smooth_where_a_map_is_empty():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import imagekiln
 from imagekiln.config import Recipe
@@ -18,6 +19,7 @@ from imagekiln.engine import augment, inputs, models, recipe
 from imagekiln.engine.generate import asked_for, draw
 from imagekiln.engine.run import Run
 from imagekiln.errors import RecipeError, UsageError
+from imagekiln.nets.vgg import Vgg16
 
 FOLDING = folding.__file__
 NAMES = ("red", "green", "blue")
@@ -155,6 +157,26 @@ def test_a_companion_that_changed_is_refused(photos: Path, tmp_path: Path):
     imagekiln.train("classifier", data=labelled, out=judge, settings={"train": small | {"seed": 1}})
     with pytest.raises(UsageError, match=r"family\.perceptual: what it names is not what it was"):
         imagekiln.train(longer, data=photos, out=out)
+
+
+def test_a_published_network_is_a_companion_too(photos: Path, tmp_path: Path):
+    file, out = tmp_path / "vgg16.safetensors", tmp_path / "run"
+    save_file(Vgg16((3, 8, 8), (4, 4, 4, 4, 4)).state_dict(), file)
+    family = {"kind": "tiny", "width": 8, "factor": 2, "perceptual": str(file), "adversarial_weight": 0}
+    wanted = made(photos, "autoencoder", family=family, train={"total_kimg": 0.008, "batch": 8, "doctor": "off"})
+    run = imagekiln.train(wanted, data=photos, out=out)
+    assert run.stats()[-1]["validation/perceptual"] > 0
+    judge = begun(wanted)[0].family.companion["perceptual"]
+    assert judge.image_shape == (3, 8, 8) and not any(weight.requires_grad for weight in judge.parameters())
+    save_file({"w": torch.zeros(1)}, file)
+    with pytest.raises(RecipeError, match=r"family\.perceptual: .* holds no VGG-16"):
+        begun(wanted)
+    with pytest.raises(UsageError, match=r"family\.perceptual: what it names is not what it was"):
+        imagekiln.train(wanted, data=photos, out=out)
+    file.unlink()
+    assert imagekiln.generate(run, n=1, out=tmp_path / "drawn").pictures  # judging is over
+    with pytest.raises(RecipeError, match=r"family\.perceptual = .* does not exist. Name a run folder or a \.safetens"):
+        begun(wanted)
 
 
 def test_an_autoencoder_is_measured_by_what_it_gives_back(photos: Path, tmp_path: Path):
