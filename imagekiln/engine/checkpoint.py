@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from imagekiln.engine.run import disk_faults
+from imagekiln.engine.tensors import stream
 from imagekiln.errors import CheckpointError, DiskError, UsageError
 
 SCHEMA_VERSION = 1
@@ -56,7 +57,7 @@ def save(folder: Path, nimg: int, parts: Mapping[str, Mapping[str, Tensor]], sta
             sums = {}
             for name, tensors in parts.items():
                 file = aside / f"{name}.safetensors"
-                _write_tensors(file, tensors)
+                stream(file, tensors)
                 sums[file.name] = _sum_and_size(file)
             _write_json(aside / STATE, {**state, "nimg": nimg})
             sums[STATE] = _sum_and_size(aside / STATE)
@@ -158,18 +159,6 @@ def _delete(path: Path) -> None:
     trash = path.with_name(f".trash-{path.name}-{os.getpid()}")
     path.rename(trash)  # at once, so that no half-deleted checkpoint is ever taken for a damaged one
     shutil.rmtree(trash, ignore_errors=True)
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    try:
-        save_file({key: value.detach().to("cpu").contiguous() for key, value in tensors.items()}, path)
-    except SafetensorError as error:  # its message carries the system's, but no errno
-        raise DiskError(f"{path.parent} could not be written: {error}.") from error
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)  # safetensors leaves 0600, which locks out a shared group
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

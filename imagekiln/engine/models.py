@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 
 from imagekiln.config import DataConfig, Recipe
 from imagekiln.core import Family, Source
@@ -24,7 +23,8 @@ from imagekiln.engine import published
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine.codec import Codec, Coder
 from imagekiln.engine.generate import Wish
-from imagekiln.engine.run import Run, write_whole
+from imagekiln.engine.run import Run
+from imagekiln.engine.tensors import write_tensors
 from imagekiln.errors import UsageError, did_you_mean
 
 
@@ -96,7 +96,7 @@ class Model:
 def save_weights(path: Path, family: Family, recipe: Recipe, source: Source, prompts: Sequence[str] = ()) -> None:
     """Write the averaged modules with everything needed to use them in the file's own metadata."""
     prefixes = tuple(f"{name}." for name in family.averaged)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in family.state_dict().items() if k.startswith(prefixes)}
+    tensors = {k: v for k, v in family.state_dict().items() if k.startswith(prefixes)}
     metadata = {
         "format": "imagekiln",
         "recipe": json.dumps(recipe.model_dump(mode="json")),
@@ -108,7 +108,7 @@ def save_weights(path: Path, family: Family, recipe: Recipe, source: Source, pro
     if recipe.data.phrasebook:
         captions = getattr(source, "captions", None) or []
         metadata["captions"] = json.dumps(list(dict.fromkeys(captions)), ensure_ascii=False)
-    write_whole(path, to_bytes(tensors, metadata))
+    write_tensors(path, tensors, metadata)
 
 
 def load_model(path: Path, device: str = "auto") -> Model:

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from imagekiln.errors import DiskError, UsageError
 
@@ -26,17 +28,26 @@ _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 @contextmanager
 def disk_faults(path: Path) -> Iterator[None]:
-    """Turn an `OSError` while writing `path` into a `DiskError` that says what the system said."""
+    """Turn what is raised where `path` cannot be written into a `DiskError` that says what the system said."""
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
-            what = "the disk is full. Free some space and run the same command again; nothing saved so far is lost"
-        elif error.errno in _FORBIDDEN:
-            what = "the folder is not writable. Choose another one with --out, or change its permissions"
-        else:
-            what = f"{error.strerror or error}"
-        raise DiskError(f"{path} could not be written: {what}.") from error
+        raise _fault(path, error) from error
+    except SafetensorError as error:
+        said = re.search(r"\(os error (\d+)\)", str(error))  # the system's number is in its words alone
+        if not said:
+            raise
+        raise _fault(path, OSError(int(said[1]), os.strerror(int(said[1])))) from error
+
+
+def _fault(path: Path, error: OSError) -> DiskError:
+    if error.errno in _FULL:
+        what = "the disk is full. Free some space and run the same command again; nothing saved so far is lost"
+    elif error.errno in _FORBIDDEN:
+        what = "the folder is not writable. Choose another one with --out, or change its permissions"
+    else:
+        what = f"{error.strerror or error}"
+    return DiskError(f"{path} could not be written: {what}.")
 
 
 def made_folder(path: str | Path) -> Path:
@@ -53,14 +64,24 @@ def write_whole(path: Path, data: bytes | str) -> None:
     Raises:
         DiskError: the disk is full or the folder is not writable.
     """
+    with written_whole(path) as aside, aside.open("xb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A hidden name to write and flush a file under, which then takes the place of `path`; no part is ever left.
+
+    Raises:
+        DiskError: the disk is full or the folder is not writable.
+    """
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = aside_of(path)
         try:
-            with aside.open("xb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
-                file.flush()
-                os.fsync(file.fileno())
+            yield aside
             os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)

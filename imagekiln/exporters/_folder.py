@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from imagekiln.engine import tensors as tensorfiles
 from imagekiln.engine.run import disk_faults, write_whole
 from imagekiln.errors import UsageError
 from imagekiln.nets.clip_text import TextEncoder
@@ -37,14 +37,9 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1))
 
 
-def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as a file holds them: on the CPU, contiguous, none sharing its numbers with another."""
-    return {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """One safetensors file."""
-    write_whole(path, to_bytes(plain(tensors), {"format": "pt"}))
+    tensorfiles.write_tensors(path, tensors, {"format": "pt"})
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

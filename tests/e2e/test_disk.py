@@ -91,3 +91,11 @@ def test_a_full_disk(cli, tiny, reference, ends_like, small_disk: Path) -> None:
     filler.unlink()
     cli(*tiny("vae", out)).ok()
     assert Run(out).status()["state"] == "finished"
+
+
+def test_an_export_onto_a_full_disk(cli, reference, small_disk: Path) -> None:
+    filler, room = small_disk / "filler", os.statvfs(small_disk)
+    filler.write_bytes(b"0" * (room.f_bavail * room.f_frsize - 40_000))
+    export = ("export", reference("diffusion"), "--to", "diffusers", "--out", small_disk / "out")
+    cli(*export).refused(5, "disk is full", "Free some space")
+    assert not [path.name for path in small_disk.rglob("*") if "safetensors" in path.name or path.name.startswith(".")]
