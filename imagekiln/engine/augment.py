@@ -21,8 +21,9 @@ from imagekiln.core import Source, sent
 from imagekiln.data import Loader
 from imagekiln.data.ahead import Ahead
 from imagekiln.data.augment import draw, labels
+from imagekiln.data.loader import Augment as Change
 from imagekiln.data.shards import ShardSource
-from imagekiln.engine.codec import Latents
+from imagekiln.engine.codec import Codec, Latents
 from imagekiln.engine.inputs import Told
 from imagekiln.nets import augmentation
 
@@ -35,12 +36,16 @@ def loader(
 ) -> Loader:
     """The batches that training sees: a pure function of (settings, source, seed, position).
 
+    Behind a codec pictures are changed first, and encoded then.
+
     stretch: pictures of a whole step, which have one shape (`imagekiln.data.buckets`); 0 = a batch.
 
     Raises `DataError` when the source is empty.
     """
-    changed = Augment(data.augment, seed) if data.augment.changes else None
+    changed: Change | None = Augment(data.augment, seed) if data.augment.changes else None
     told, inner = (source, source.source) if isinstance(source, Told) else (None, source)
+    if changed is not None and isinstance(inner, Latents):
+        changed, inner = _encoding(changed, inner.codec), inner.pictures
     flip = data.flip and not isinstance(inner, Latents)  # mirrored pictures have latents of their own
     if isinstance(inner, ShardSource):
         made: Loader = Ahead(inner, seed, batch, device, flip, changed, readers=READERS)
@@ -48,6 +53,16 @@ def loader(
         made = Loader(inner, seed, batch, device, flip, changed, stretch)
     made.text = told.text if told else None
     return made
+
+
+def _encoding(change: Change, codec: Codec) -> Change:
+    """The latents of changed pictures: other ones every time, so that none are kept."""
+
+    def encoded(images_BCHW: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        changed_BCHW, told_BA = change(images_BCHW, position)
+        return codec.encode(changed_BCHW), told_BA
+
+    return encoded
 
 
 class Augment:

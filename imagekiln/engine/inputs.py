@@ -62,11 +62,6 @@ def begin(
             f"data.codec: a {recipe.family.name} model draws between -1 and 1, and latents lie outside. Leave it out, "
             "or train a diffusion model."
         )
-    if recipe.data.codec and recipe.data.augment.changes:
-        raise RecipeError(
-            "data.augment changes pictures anew every time, and data.codec encodes each picture once. "
-            "Use data.flip, which also works on latents, or leave data.augment out."
-        )
     codec = codec or named_codec(recipe.data, dataset, run)
     train: Any = dataset.train
     held_out: Any = dataset.validation
@@ -75,7 +70,8 @@ def begin(
         train = shaped
     if codec is not None:  # the training set's come first: its scales are those of both
         made = _unmade if rehearsal else latents
-        train, held_out = made(codec, train, recipe.data.flip), made(codec, held_out)
+        kept = not recipe.data.augment.changes  # else mirrored and changed ones are encoded as they come
+        train, held_out = made(codec, train, recipe.data.flip and kept), made(codec, held_out)
     torch.manual_seed(mix(recipe.train.seed, "initialisation"))
     family = recipes.build(recipe, train.image_shape, train.num_classes)
     family.codec = codec

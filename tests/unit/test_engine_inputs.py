@@ -130,8 +130,19 @@ def test_what_cannot_be_a_codec_is_refused(photos: Path, coder: Path, tmp_path: 
             begun(made(photos, data={"codec": str(vae.path)}))
     with pytest.raises(UsageError, match=r"encodes pictures of \(3, 8, 8\)"):
         begun(made(photos, data={"codec": str(coder), "size": 16}))
-    with pytest.raises(RecipeError, match=r"data\.augment"):
-        begun(made(photos, data={"codec": str(coder), "augment": {"rotate": 10}}))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_pictures_behind_a_codec_are_changed_before_they_are_encoded(photos: Path, coder: Path, flip: bool):
+    data = {"flip": flip, "augment": {"p": 0.5, "rotate": 90, "color": 0.3}}
+    pixels, wanted = (made(photos, data=data | more) for more in ({}, {"codec": str(coder)}))
+    start, dataset = begun(wanted)
+    seen = augment.loader(wanted.data, start.train, 3, 16, "cpu").batch(32)
+    shown = augment.loader(pixels.data, begun(pixels)[0].train, 3, 16, "cpu").batch(32)
+    assert len(start.train) == len(dataset.train) and seen.augment.any()
+    torch.testing.assert_close(seen.images, start.family.codec.encode(shown.images), atol=1e-5, rtol=1e-5)
+    assert torch.equal(seen.augment, shown.augment) and torch.equal(seen.text, shown.text)
+    assert not seen.images.requires_grad and not seen.images.is_inference()
 
 
 def test_latents_are_for_families_that_are_not_bounded(photos: Path, coder: Path):
