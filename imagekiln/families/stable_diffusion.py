@@ -6,9 +6,10 @@ pixels. Captions are hidden at random in training, so that classifier-free guida
 arXiv:2207.12598) is possible; a picture without a caption has the empty one, and what guidance turns away from is the
 empty caption or a negative prompt. Guidance above 1 overdrives contrast; `guidance_rescale` takes that back (Lin et
 al. 2024, arXiv:2305.08891, eq. 15-16). With a `teacher` it learns to draw in a step or two what that one draws in many,
-guidance included (see `diffusion.distillation`).
+guidance included (see `diffusion.distillation`). With `augment_condition` the denoiser hears what was done to each
+training picture, and draws as if nothing had been done (Karras et al. 2022, arXiv:2206.00364, appendix F.2).
 
-Shapes: B pictures, C channels, H rows, W columns, L tokens a text.
+Shapes: B pictures, C channels, H rows, W columns, L tokens a text, A numbers that tell what was done.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from imagekiln.config import FamilyConfig, Fraction, Section
+from imagekiln.config import AUGMENT_LABELS, FamilyConfig, Fraction, Section
 from imagekiln.core import Batch, Condition, Family, HeldOut, Loss, Phase, Progress
 from imagekiln.diffusion import densities, distillation, noising, paths, samplers
 from imagekiln.diffusion.distillation import Distillation, Lesson
@@ -65,6 +66,9 @@ class StableDiffusionConfig(FamilyConfig):
     noise: Noise = Noise()
     text: TextConfig = TextConfig()
     text_dropout: Fraction = Field(0.1, description="share of captions hidden in training")
+    augment_condition: bool = Field(
+        False, description="tell the denoiser what data.augment did to each picture, so that drawn ones do not show it"
+    )
     teacher: str = Field("", description="run that it learns to draw like, in few steps; empty = from pictures alone")
     distillation: Distillation = Distillation()
     sample: Options = Options()
@@ -96,7 +100,8 @@ class StableDiffusion(Family):
         self.path = paths.path(config.path)
         text = config.text
         self.text = TextEncoder(text.width, text.layers, text.context, text.vocabulary)
-        self.denoiser = denoiser(config.denoiser, image_shape, config.depth, config.widths, text.width)
+        told = len(AUGMENT_LABELS) if config.augment_condition else 0
+        self.denoiser = denoiser(config.denoiser, image_shape, config.depth, config.widths, text.width, told)
         if config.teacher:
             config.distillation.check(config.sample)
             self.phases = (Phase("denoise", trains=("denoiser",)),)
@@ -127,7 +132,8 @@ class StableDiffusion(Family):
             return distillation.discrimination(self._lesson(tokens_BL), config.distillation, self.path, x, sigma_B)
         if config.teacher:
             return distillation.imitation(self._lesson(tokens_BL), config.distillation, self.path, x, sigma_B, progress)
-        return Loss(self._error(x, sigma_B, tokens_BL).mean())
+        augment_BA = batch.augment if config.augment_condition else None
+        return Loss(self._error(x, sigma_B, tokens_BL, augment_BA).mean())
 
     @torch.no_grad()
     def held_out(self, batch: Batch, progress: Progress) -> Mapping[str, HeldOut]:
@@ -167,11 +173,11 @@ class StableDiffusion(Family):
         sigma_B = densities.log_normal(uniform_B, config.density_mean, config.density_std)
         return densities.shifted(sigma_B, config.noise.shift)
 
-    def _error(self, x: Tensor, sigma_B: Tensor, tokens_BL: Tensor) -> Tensor:
+    def _error(self, x: Tensor, sigma_B: Tensor, tokens_BL: Tensor, augment_BA: Tensor | None = None) -> Tensor:
         """Weighted squared error of what the network answers to x with this much noise, of the shape of x."""
 
         def answer(z: Tensor) -> Tensor:
-            output: Tensor = self.denoiser(z, self.path.time(sigma_B), self.text(tokens_BL))
+            output: Tensor = self.denoiser(z, self.path.time(sigma_B), self.text(tokens_BL), augment_BA)
             return output
 
         settings = self.config.noise

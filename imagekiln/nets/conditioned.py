@@ -4,7 +4,8 @@
 and words are tokens of one transformer. "unet" is `UNet2DConditionModel` (Rombach et al. 2022, arXiv:2112.10752), a
 U-Net whose coarser levels look at the words. Both are the classes of diffusers, so their weights need no conversion.
 
-Shapes: B pictures, C channels, H rows, W columns, L tokens a text, D numbers a token, P numbers of a whole text.
+Shapes: B pictures, C channels, H rows, W columns, L tokens a text, D numbers a token, P numbers of a whole text,
+A numbers that tell what was done to a picture.
 """
 
 from __future__ import annotations
@@ -72,10 +73,11 @@ class Transformer(nn.Module):
     Words are the encoder's state before its last layer, and the whole text its pooled answer, as in Stable Diffusion 3;
     both are filled up with zeros where the network expects the second encoder of that model.
 
-    depth: layers, heads, and width over 64. text_width: numbers a token of the encoder.
+    depth: layers, heads, and width over 64. text_width: numbers a token of the encoder. num_augment: numbers that tell
+    what was done to a training picture, which are added to the whole text; 0 for a network that is not told.
     """
 
-    def __init__(self, shape: tuple[int, int, int], depth: int, text_width: int) -> None:
+    def __init__(self, shape: tuple[int, int, int], depth: int, text_width: int, num_augment: int = 0) -> None:
         super().__init__()
         channels, rows, columns = shape
         if rows != columns or rows % 2:
@@ -98,6 +100,8 @@ class Transformer(nn.Module):
         self.net.pos_embed = Places(self.net.pos_embed, rows // 2)
         hasten(self.net)
         self._initialise()
+        if num_augment:
+            self.augment_embedding = nn.Linear(num_augment, text_width, bias=False)
 
     def _initialise(self) -> None:
         """As in DiT (Peebles & Xie 2023, arXiv:2212.09748, section 3.2): every block begins as the identity, because
@@ -112,10 +116,11 @@ class Transformer(nn.Module):
             nn.init.normal_(module.linear_1.weight, std=0.02)
             nn.init.normal_(module.linear_2.weight, std=0.02)
 
-    def forward(self, z_BCHW: Tensor, time_B: Tensor, text: Encoded) -> Tensor:
-        """What the network answers, of the shape of z. time_B: in [0, 1000]."""
+    def forward(self, z_BCHW: Tensor, time_B: Tensor, text: Encoded, augment_BA: Tensor | None = None) -> Tensor:
+        """What the network answers, of the shape of z. time_B: in [0, 1000]. augment_BA: None = nothing was done."""
         words = nn.functional.pad(text.before_BLW, (0, SECOND))
-        whole = nn.functional.pad(text.pooled_BP, (0, SECOND))
+        pooled_BP = text.pooled_BP if augment_BA is None else text.pooled_BP + self.augment_embedding(augment_BA)
+        whole = nn.functional.pad(pooled_BP, (0, SECOND))
         said = self.net(z_BCHW, encoder_hidden_states=words, pooled_projections=whole, timestep=time_B)
         answer: Tensor = said.sample
         return answer
@@ -195,10 +200,12 @@ def _is_plain(layer: Any) -> bool:
 class ConditionedUnet(nn.Module):
     """`UNet2DConditionModel`; the finest level does not look at the words.
 
-    widths: channels by level, fine to coarse.
+    widths: channels by level, fine to coarse. num_augment: as for `Transformer`; they are added to every word.
     """
 
-    def __init__(self, shape: tuple[int, int, int], widths: Sequence[int], text_width: int) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], widths: Sequence[int], text_width: int, num_augment: int = 0
+    ) -> None:
         super().__init__()
         channels, rows, columns = shape
         halvings = 2 ** (len(widths) - 1)
@@ -220,10 +227,15 @@ class ConditionedUnet(nn.Module):
             attention_head_dim=8,  # heads, by an old mistake in this class
         )
         hasten(self.net)
+        if num_augment:
+            self.augment_embedding = nn.Linear(num_augment, text_width, bias=False)
 
-    def forward(self, z_BCHW: Tensor, time_B: Tensor, text: Encoded) -> Tensor:
-        """What the network answers, of the shape of z. time_B: in [0, 1000]."""
-        answer: Tensor = self.net(z_BCHW, time_B, encoder_hidden_states=text.last_BLW).sample
+    def forward(self, z_BCHW: Tensor, time_B: Tensor, text: Encoded, augment_BA: Tensor | None = None) -> Tensor:
+        """What the network answers, of the shape of z. time_B: in [0, 1000]. augment_BA: None = nothing was done."""
+        words_BLW = text.last_BLW
+        if augment_BA is not None:
+            words_BLW = words_BLW + self.augment_embedding(augment_BA)[:, None]
+        answer: Tensor = self.net(z_BCHW, time_B, encoder_hidden_states=words_BLW).sample
         return answer
 
     def fits(self, rows: int, columns: int) -> bool:
@@ -258,7 +270,7 @@ def _heard(modules: Iterable[nn.Module], place: int, call: Callable[[], Any]) ->
 
 
 def denoiser(
-    kind: str, shape: tuple[int, int, int], depth: int, widths: Sequence[int], text_width: int
+    kind: str, shape: tuple[int, int, int], depth: int, widths: Sequence[int], text_width: int, num_augment: int = 0
 ) -> Transformer | ConditionedUnet:
     """A denoiser for pictures or latents of this shape (channels, rows, columns).
 
@@ -267,4 +279,6 @@ def denoiser(
     >>> net(torch.zeros(2, 4, 8, 8), torch.tensor([10.0, 900.0]), text).shape
     torch.Size([2, 4, 8, 8])
     """
-    return Transformer(shape, depth, text_width) if kind == "sd3" else ConditionedUnet(shape, widths, text_width)
+    if kind == "sd3":
+        return Transformer(shape, depth, text_width, num_augment)
+    return ConditionedUnet(shape, widths, text_width, num_augment)

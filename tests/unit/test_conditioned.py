@@ -20,9 +20,9 @@ def text(seed: int = 0, count: int = 2) -> Encoded:
     return Encoded(words, words * 2, torch.randn(count, WIDTH, generator=generator))
 
 
-def made(kind: str) -> torch.nn.Module:
+def made(kind: str, num_augment: int = 0) -> torch.nn.Module:
     torch.manual_seed(0)
-    net = denoiser(kind, (4, 8, 8), depth=2, widths=(32, 64), text_width=WIDTH).eval()
+    net = denoiser(kind, (4, 8, 8), depth=2, widths=(32, 64), text_width=WIDTH, num_augment=num_augment).eval()
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return net
@@ -39,6 +39,19 @@ def test_words_and_time_change_the_answer_and_nothing_crosses_the_batch(kind: st
         assert not torch.allclose(answer, net(z, time_B.flip(0), text()), atol=1e-3)
         alone = net(z[1:], time_B[1:], Encoded(*(part[1:] for part in text())))
     assert torch.allclose(alone, answer[1:], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sd3", "unet"])
+def test_what_was_done_to_a_picture_changes_its_answer_alone(kind: str):
+    net, z, time_B = made(kind, num_augment=15), torch.randn(3, 4, 8, 8), torch.tensor([100.0, 500.0, 900.0])
+    done_BA = torch.zeros(3, 15)
+    with torch.no_grad():
+        plain = net(z, time_B, text(count=3))
+        assert torch.equal(net(z, time_B, text(count=3), done_BA), plain)
+        done_BA[1, 4] = 1
+        changed = (net(z, time_B, text(count=3), done_BA) - plain).abs().amax((1, 2, 3)) > 1e-3
+    assert changed.tolist() == [False, True, False]
+    assert net.net.state_dict().keys() == made(kind).net.state_dict().keys()  # what exports write
 
 
 @pytest.mark.parametrize("kind", ["sd3", "unet"])

@@ -333,7 +333,7 @@ def test_families_that_cannot_be_told_refuse() -> None:
             takers.append(name)
         except RecipeError as error:
             assert "family.augment_condition: no such setting" in str(error)
-    assert takers == ["diffusion"]
+    assert takers == ["diffusion", "stable_diffusion"]
 
 
 def net(num_augment: int, num_classes: int | None = 4) -> UNet:
