@@ -17,15 +17,17 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from imagekiln.core import sent
 from imagekiln.errors import RecipeError
-from imagekiln.nets.clip_text import BYTES, MARKS, TextEncoder
+from imagekiln.nets.clip_text import BYTES, MARKS, Encoded, TextEncoder
 from imagekiln.nets.conditioned import hasten
 from imagekiln.nets.libraries import diffusers, quietly, transformers
 
@@ -53,6 +55,44 @@ class Words(NamedTuple):
 
     states_BLW: Tensor
     whole_BP: Tensor | None = None
+
+
+Said = TypeVar("Said", Words, Encoded)
+
+
+class Memory:
+    """What encoders that do not change say of texts, asked once while there is room in main memory.
+
+    What came first stays: of texts that come round in turn, those that stay are found more often than those that the
+    next ones replace.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[bytes, Any] = {}
+        self.num_bytes = 0
+
+    @torch.no_grad()
+    def said(self, tokens_BL: Tensor, encode: Callable[[Tensor], Said]) -> Said:
+        """What `encode` makes of tokens, on their device.
+
+        Every text is encoded alone: what is remembered must not depend on its first neighbours.
+        """
+        keys = [row.numpy().tobytes() for row in tokens_BL.cpu()]
+        found: dict[bytes, Said] = {}
+        for place, key in enumerate(keys):
+            if key not in found:
+                found[key] = self.kept.get(key) or self._first(key, encode(tokens_BL[place : place + 1]))
+        columns = zip(*(found[key] for key in keys), strict=True)
+        parts = [None if column[0] is None else sent(torch.cat(column), tokens_BL.device) for column in columns]
+        return type(found[keys[0]])._make(parts)
+
+    def _first(self, key: bytes, said: Said) -> Said:
+        kept = type(said)._make(None if part is None else part.cpu() for part in said)
+        size = sum(part.nbytes for part in kept if part is not None)
+        if self.num_bytes + size <= REMEMBERED_BYTES:
+            self.kept[key] = kept
+            self.num_bytes += size
+        return kept
 
 
 Target = Literal["v", "x", "eps"]
@@ -91,8 +131,7 @@ class Pretrained:
         self.tokenizers: list[Any] = parts["tokenizers"]
         self.added: Mapping[str, Any] = {}
         """What hooks add to layers, by the layer's key; set before a network is used."""
-        self._remembered: dict[bytes, Words] = {}
-        self._remembered_bytes = 0
+        self.memory = Memory()
         self._empty = self.read([""])[0]
 
     def __deepcopy__(self, memo: Any) -> Pretrained:
@@ -138,27 +177,7 @@ class Pretrained:
         networks = list(encoders) or self.encoders
         if learning:
             return self._filled(self._encoded(tokens_BL, networks))
-        keys = [row.numpy().tobytes() for row in tokens_BL.cpu()]
-        said: dict[bytes, Words] = {}
-        for place, key in enumerate(keys):
-            if key not in said:  # each alone: what is remembered must not depend on its first neighbours
-                said[key] = self._remembered.get(key) or self._first(key, tokens_BL[place : place + 1], networks)
-        where = tokens_BL.device
-        states_BLW = torch.cat([said[key].states_BLW.to(where) for key in keys])
-        wholes = [whole.to(where) for key in keys if (whole := said[key].whole_BP) is not None]
-        return self._filled(Words(states_BLW, torch.cat(wholes) if wholes else None))
-
-    @torch.no_grad()
-    def _first(self, key: bytes, tokens_1L: Tensor, networks: Sequence[Any]) -> Words:
-        """Encodings of a text that is not remembered; from now on it is, while there is room: of texts that come round
-        in turn, those that stay are found more often than those that the next ones replace."""
-        states_1LW, whole_1P = self._encoded(tokens_1L, networks)
-        words = Words(states_1LW.cpu(), None if whole_1P is None else whole_1P.cpu())
-        size = sum(part.nbytes for part in words if part is not None)
-        if self._remembered_bytes + size <= REMEMBERED_BYTES:
-            self._remembered[key] = words
-            self._remembered_bytes += size
-        return words
+        return self._filled(self.memory.said(tokens_BL, lambda tokens_1L: self._encoded(tokens_1L, networks)))
 
     def _encoded(self, tokens_BL: Tensor, networks: Sequence[Any]) -> Words:
         self.move(tokens_BL.device)
@@ -232,11 +251,17 @@ def several(tokenizer: Any, caption: str) -> str:
 
 
 def fingerprint(folder: str) -> str:
-    """Hash of names, sizes, beginnings and ends of the files of a pretrained model: it tells models apart, quickly."""
+    """Hash of the files of a pretrained model: it tells models apart, quickly."""
     if folder.startswith(RANDOM):
         return folder
-    digest, root = hashlib.sha256(), Path(folder).expanduser()
-    for file in sorted(root.glob("**/*.json")) + sorted(root.glob("**/*.safetensors")):
+    root = Path(folder).expanduser()
+    return hash_of_files(root, [*sorted(root.glob("**/*.json")), *sorted(root.glob("**/*.safetensors"))])
+
+
+def hash_of_files(root: Path, files: Iterable[Path]) -> str:
+    """Hash of names, sizes, beginnings and ends of files below a folder."""
+    digest = hashlib.sha256()
+    for file in files:
         size = file.stat().st_size
         digest.update(f"{file.relative_to(root)}:{size}\n".encode())
         with file.open("rb") as stream:
@@ -266,13 +291,13 @@ def _opened(folder: str) -> dict[str, Any]:
                 f"family.base = {folder!r}: its text encoder is a {encoder[1]} with a {reader[1]}; expected one of "
                 f"{', '.join(sorted(_ENCODERS))}."
             )
-        encoders.append(_weights(getattr(models, encoder[1]), root / f"text_encoder{number}"))
+        encoders.append(weights(getattr(models, encoder[1]), root / f"text_encoder{number}").float())
         tokenizers.append(
             getattr(models, reader[1]).from_pretrained(root / f"tokenizer{number}", local_files_only=True)
         )
     return {
         "kind": kind,
-        "denoiser": _in_memory(_weights(denoiser, root / place)),
+        "denoiser": _in_memory(weights(denoiser, root / place).float()),
         "encoders": encoders,
         "tokenizers": tokenizers,
         "noise": noise_of(_json(root / "scheduler" / "scheduler_config.json"), kind),
@@ -284,8 +309,7 @@ def _index(root: Path, folder: str) -> dict[str, Any]:
     if not folder:
         raise RecipeError("family.base: it is missing. It names the folder of the pretrained model to learn from.")
     if not (root / "model_index.json").is_file():
-        what = "holds no whole model" if root.is_dir() else "does not exist"
-        what = "is one file, and here only folders are read" if root.is_file() else what
+        what = found_at(root, "no whole model")
         raise RecipeError(
             f"family.base = {folder!r} {what}. Expected a folder with a model_index.json, as diffusers writes it, one "
             ".safetensors file of a whole model, or OWNER/NAME@COMMIT of the hub."
@@ -297,6 +321,12 @@ def _index(root: Path, folder: str) -> dict[str, Any]:
     return index
 
 
+def found_at(root: Path, missed: str) -> str:
+    """What stands where a folder with something in it was expected."""
+    held = f"holds {missed}" if root.is_dir() else "does not exist"
+    return "is one file, and here only folders are read" if root.is_file() else held
+
+
 def _in_memory(network: Any) -> Any:
     """The network with weights of its own: those that are read from a file's pages as they are needed would stay in
     memory beside what training makes of them."""
@@ -305,18 +335,21 @@ def _in_memory(network: Any) -> Any:
     return network
 
 
-def _weights(kind: Any, folder: Path) -> Any:
-    """A network from its folder."""
+def weights(kind: Any, folder: Path, setting: str = "family.base", **options: Any) -> Any:
+    """What `kind.from_pretrained` makes of a folder.
+
+    setting: that named the folder. Raises `RecipeError` where no safetensors are there, or of another network.
+    """
     if not any(folder.glob("*.safetensors")):
         held = "weights as pickles, which can run any code" if any(folder.glob("*.bin")) else "no weights"
         raise RecipeError(
-            f"family.base: {folder} holds {held}. Expected safetensors, as save_pretrained of diffusers writes them."
+            f"{setting}: {folder} holds {held}. Expected safetensors, as save_pretrained of diffusers writes them."
         )
     try:
         with quietly():
-            return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True).float()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise RecipeError(f"family.base: {folder} cannot be read as a {kind.__name__} ({error}).") from error
+            return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise RecipeError(f"{setting}: {folder} cannot be read as a {kind.__name__} ({error}).") from error
 
 
 def _json(path: Path) -> dict[str, Any]:

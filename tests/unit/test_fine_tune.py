@@ -158,15 +158,15 @@ def test_texts_are_encoded_once_while_there_is_room(monkeypatch: pytest.MonkeyPa
     whole = [one.whole_BP for one in each if one.whole_BP is not None]
     calls.clear()
     base.words(tokens[:1])
-    one_text = base._remembered_bytes
+    one_text = base.memory.num_bytes
     monkeypatch.setattr(pretrained, "REMEMBERED_BYTES", 2 * one_text)
     for _ in range(3):
         words = base.words(tokens)
         assert torch.equal(words.states_BLW, torch.cat([one.states_BLW for one in each]))
         assert words.whole_BP is None if not whole else torch.equal(words.whole_BP, torch.cat(whole))
     assert len(calls) == 2 + 3, "two are remembered, and the third one is encoded once a batch"
-    assert base._remembered_bytes == 2 * one_text and len(base._remembered) == 2
-    for kept in base._remembered.values():
+    assert base.memory.num_bytes == 2 * one_text and len(base.memory.kept) == 2
+    for kept in base.memory.kept.values():
         assert kept.states_BLW.any(-1).all() and kept.states_BLW.any(1).all(), "zeros of absent encoders are not"
 
 
