@@ -169,6 +169,10 @@ class Family(nn.Module, ABC):
     """Field of the `family` section that names a folder of pretrained weights, which stay there; "" for none. The
     autoencoder in it is the codec, unless the recipe names another."""
 
+    frozen_text: ClassVar[str] = ""
+    """Field of the `family` section, such as "text.base", that names the folder of a pretrained text encoder, which
+    stays there; "" for none. The field itself may be empty."""
+
     draws: ClassVar[bool] = True
     """False for a family that is trained to judge pictures, not to make them: it has `features` and no `sample`."""
 

@@ -31,7 +31,7 @@ from imagekiln.engine.generate import Wish, read
 from imagekiln.engine.models import Model, hash_of, named_codec, open_model
 from imagekiln.engine.run import Run
 from imagekiln.errors import RecipeError, UsageError
-from imagekiln.nets import pretrained
+from imagekiln.nets import frozen_text, pretrained
 
 LOOKED_AT = 1000
 """Different captions that are measured before a training."""
@@ -175,6 +175,8 @@ def companion_hashes(recipe: Recipe) -> dict[str, str]:
         found["train.start"] = hash_of(_model("train.start", recipe.train.start).weights)
     if kind.foundation:
         found[f"family.{kind.foundation}"] = pretrained.fingerprint(getattr(recipe.family, kind.foundation))
+    if text := recipes.frozen_text(recipe):
+        found[f"family.{kind.frozen_text}"] = frozen_text.fingerprint(text)
     return found
 
 

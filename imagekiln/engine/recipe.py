@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -143,19 +144,35 @@ def complete(values: Mapping[str, Any]) -> Recipe:
 
 
 def founded(recipe: Recipe) -> Recipe:
-    """The recipe of a family that learns from pretrained weights, with the full path of their folder and with the
-    autoencoder in it as codec; any other recipe as it is. Raises what `bases.folder` and
+    """The recipe of a family that learns from pretrained weights, with the full paths of their folders, and with the
+    autoencoder of its foundation as codec; any other recipe as it is. Raises what `bases.folder` and
     `published.require_scales` raise."""
-    field = registry.load(recipe.family.name).foundation
-    named = getattr(recipe.family, field) if field else ""
-    folder = bases.folder(named)
+    kind = registry.load(recipe.family.name)
+    if (text := frozen_text(recipe)) and Path(text).expanduser().is_dir():
+        family = _replaced(recipe.family, kind.frozen_text, str(Path(text).expanduser().absolute()))
+        recipe = recipe.model_copy(update={"family": family})
+    field = kind.foundation
+    folder = bases.folder(getattr(recipe.family, field) if field else "")
     if folder is None:
         return recipe
-    family = recipe.family.model_copy(update={field: str(folder)})
+    family = _replaced(recipe.family, field, str(folder))
     if recipe.data.codec:
         published.require_scales(recipe.data.codec, str(folder))
     codec = recipe.data.codec or (str(folder) if published.folder_of(str(folder)) else "")
     return recipe.model_copy(update={"family": family, "data": recipe.data.model_copy(update={"codec": codec})})
+
+
+def frozen_text(recipe: Recipe) -> str:
+    """The folder of the pretrained text encoder that a recipe names, "" where it names none."""
+    field = registry.load(recipe.family.name).frozen_text
+    named: str = operator.attrgetter(field)(recipe.family) if field else ""
+    return named
+
+
+def _replaced(section: Any, field: str, value: str) -> Any:
+    """A section with another value of a setting, such as "text.base"."""
+    name, _, rest = field.partition(".")
+    return section.model_copy(update={name: _replaced(getattr(section, name), rest, value) if rest else value})
 
 
 def remarks(recipe: Recipe) -> list[str]:

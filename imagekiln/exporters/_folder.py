@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from imagekiln.engine import tensors as tensorfiles
 from imagekiln.engine.run import disk_faults, write_whole
 from imagekiln.errors import UsageError
-from imagekiln.nets.clip_text import TextEncoder
+from imagekiln.nets.clip_text import ClipText
 
 
 def library(out: Path) -> Any:
@@ -59,14 +59,14 @@ def write_network(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
     write_tensors(folder / "diffusion_pytorch_model.safetensors", tensors)
 
 
-def write_text_encoder(folder: Path, encoder: TextEncoder, projected: bool = True) -> None:
+def write_text_encoder(folder: Path, encoder: ClipText, projected: bool = True) -> None:
     """The text encoder as transformers' `CLIPTextModelWithProjection`, or `CLIPTextModel` without its projection."""
     name = "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
     tensors = {k: v for k, v in encoder.clip.state_dict().items() if projected or k.startswith("text_model.")}
     _write_transformer(folder, name, encoder.clip, tensors)
 
 
-def write_silent_encoder(folder: Path, encoder: TextEncoder, width: int) -> None:
+def write_silent_encoder(folder: Path, encoder: ClipText, width: int) -> None:
     """A text encoder for the same tokens that says nothing: all its weights are 0, so its answers are exactly 0."""
     config = encoder.clip.config.to_dict() | {
         "hidden_size": width,
@@ -81,7 +81,7 @@ def write_silent_encoder(folder: Path, encoder: TextEncoder, width: int) -> None
     _write_transformer(folder, "CLIPTextModelWithProjection", silent, silent.state_dict())
 
 
-def write_tokenizer(folder: Path, encoder: TextEncoder) -> None:
+def write_tokenizer(folder: Path, encoder: ClipText) -> None:
     """The tokenizer as transformers writes it."""
     with disk_faults(folder):
         encoder.tokenizer().save_pretrained(folder)

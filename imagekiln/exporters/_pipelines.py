@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from imagekiln.diffusion import guidance, samplers
+from imagekiln.engine import bases
 from imagekiln.engine.codec import Codec
 from imagekiln.engine.models import Model
 from imagekiln.errors import UsageError
@@ -86,6 +87,14 @@ class Stock(NamedTuple):
 def reads_text(family: Any) -> bool:
     """Whether this family draws from words with one of the networks that are told here."""
     return isinstance(getattr(family, "denoiser", None), Transformer | ConditionedUnet)
+
+
+def origin_of_text(family: Any) -> list[str]:
+    """The sentence on a text encoder that was not trained with the model."""
+    if not family.text.base:
+        return []
+    name, commit = bases.called(family.text.base)
+    return [f"Its text encoder is that of {name}{f' at commit {commit}' if commit else ''}, unchanged."]
 
 
 def network_of(model: Model) -> Any:

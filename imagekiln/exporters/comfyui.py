@@ -99,12 +99,12 @@ def _write_text_to_picture(model: Model, out: Path) -> dict[str, Any]:
     _refuse(family)
     name, flow = _name(model), isinstance(family.denoiser, Transformer)
     kind = "SD3" if flow else "SD15"
-    width = family.config.text.width
+    width = max(family.text.width, family.text.whole_width) if flow else family.text.width
     words, whole = (WORDS, WHOLE) if flow else (_comfyui_rules.SD15_WORDS, 0)
     if width + (_pipelines.SECOND if flow else 0) > (whole or words):
         raise UsageError(
-            f"family.text.width = {width}: ComfyUI's {kind} reads at most {whole or words} numbers. Train with a "
-            "narrower text encoder, or use --to diffusers."
+            f"The text encoder (family.text) is {width} numbers wide, and ComfyUI's {kind} reads at most "
+            f"{whole or words}. Train with a narrower one, or use --to diffusers."
         )
     net = _pipelines.network_of(model)
     tensors = _comfyui_tensors.transformer(net, words, whole) if flow else _comfyui_tensors.unet(net, words)
@@ -245,11 +245,12 @@ def _write_card(model: Model, out: Path, denoised: float, decoded: float) -> Non
         [
             f"Loaded back, the denoiser with its words differs by at most {denoised:.2g} and the autoencoder by "
             f"{decoded:.2g}. Names and shapes are those that ComfyUI recognises; it was not started for this.",
+            *_pipelines.origin_of_text(family),
         ],
         [
             sizes(model),
-            f"It reads {family.config.text.context} tokens of a text with its own node; ComfyUI's nodes for text do "
-            "not fit, as its words and tokens are its own.",
+            f"It reads {family.text.context} tokens of a text with the node that comes with it, and not with ComfyUI's "
+            "own nodes for text.",
             "`ModelSamplingSD3` must stand at shift 1, as in the workflow.",
         ],
     )

@@ -59,7 +59,7 @@ def _write_text_to_picture(model: Model, out: Path) -> dict[str, Any]:
         model,
         out,
         f"```python\n{stock.example('.', prompt, family.config.sample.guidance)}```",
-        [said],
+        [said, *_pipelines.origin_of_text(family)],
         _limits(model, stock),
     )
     return {
@@ -78,8 +78,8 @@ def _limits(model: Model, stock: _pipelines.Stock) -> list[str]:
     family: Any = model.family
     config = family.config
     limits = [
-        f"It reads {config.text.context} tokens of a text, its marks included; what is longer is cut. It knows the "
-        "words of the captions it was trained with.",
+        f"It reads {family.text.context} tokens of a text, its marks included; what is longer is cut. It has "
+        "learned to draw the words of the captions it was trained with.",
         sizes(model),
         "The pipeline's own sampler is first order and takes more steps than the default of imagekiln; guidance in an "
         "interval is not a part of it.",

@@ -1,4 +1,4 @@
-"""Stable Diffusion: words to pictures, by a text encoder and a denoiser that are trained together.
+"""Stable Diffusion: words to pictures, by a denoiser and a text encoder that is trained with it, or pretrained.
 
 Latent diffusion (Rombach et al. 2022, arXiv:2112.10752) with the transformer and the flow of Stable Diffusion 3 (Esser
 et al. 2024, arXiv:2403.03206) or a U-Net. With `data.codec` it works on an autoencoder's latents, without one on
@@ -27,9 +27,10 @@ from imagekiln.diffusion import densities, distillation, noising, paths, sampler
 from imagekiln.diffusion.distillation import Distillation, Lesson
 from imagekiln.diffusion.drawing import Drawing, draw, guided_by
 from imagekiln.diffusion.noising import Noise
-from imagekiln.nets.clip_text import BYTES, MARKS, TextEncoder
+from imagekiln.nets.clip_text import BYTES, MARKS, ClipText, TextEncoder
 from imagekiln.nets.conditioned import denoiser
 from imagekiln.nets.feature_heads import FeatureHeads
+from imagekiln.nets.frozen_text import FrozenText
 
 HELD_OUT_LEVELS = 8
 """Noise levels of the held-out loss."""
@@ -44,8 +45,11 @@ class Options(Drawing):
 
 
 class TextConfig(Section):
-    """The text encoder, trained from nothing."""
+    """The text encoder, trained from nothing; with `base` a pretrained one that stays as it is, of its own sizes."""
 
+    base: str = Field(
+        "", description="pretrained, frozen one: folder of a CLIP text model; empty = trained from nothing"
+    )
     width: int = Field(256, ge=32, description="numbers a token; multiples of 64 above that")
     layers: int = Field(3, ge=2, le=24)
     context: int = Field(24, ge=4, le=1024, description="tokens a caption; longer ones are cut")
@@ -84,6 +88,7 @@ class StableDiffusion(Family):
         "heads": {"name": "adam", "lr": 1e-3, "betas": (0.0, 0.99)},
     }
     companions = ("teacher",)
+    frozen_text = "text.base"
     guidable = True
     check_settings = {
         "depth": 1,
@@ -99,9 +104,11 @@ class StableDiffusion(Family):
         super().__init__(config, image_shape, num_classes)
         self.path = paths.path(config.path)
         text = config.text
-        self.text = TextEncoder(text.width, text.layers, text.context, text.vocabulary)
+        own = text.width, text.layers, text.context, text.vocabulary
+        self.text: ClipText = FrozenText(text.base) if text.base else TextEncoder(*own)
         told = len(AUGMENT_LABELS) if config.augment_condition else 0
-        self.denoiser = denoiser(config.denoiser, image_shape, config.depth, config.widths, text.width, told)
+        read = self.text.width, self.text.whole_width
+        self.denoiser = denoiser(config.denoiser, image_shape, config.depth, config.widths, *read, told)
         if config.teacher:
             config.distillation.check(config.sample)
             self.phases = (Phase("denoise", trains=("denoiser",)),)
@@ -110,7 +117,7 @@ class StableDiffusion(Family):
             self.phases = (*self.phases, Phase("discriminate", trains=("heads",)))
 
     def study(self, captions: Sequence[str]) -> None:
-        """The vocabulary is that of the training set's captions."""
+        """The vocabulary is that of the training set's captions, where the text encoder has none yet."""
         self.text.study(captions)
 
     def read(self, captions: Sequence[str]) -> Tensor:
@@ -209,5 +216,4 @@ class StableDiffusion(Family):
         """The tokens of these captions, of the empty one where there are none."""
         if text is not None:
             return text
-        where = self.text.merges_M2.device
-        return self.read([""]).to(where).expand(count, -1)
+        return self.read([""]).to(next(self.parameters()).device).expand(count, -1)

@@ -1,9 +1,10 @@
-"""CLIP's text encoder with its tokenizer, of any size: trained from nothing in any script, or pretrained.
+"""CLIP's text encoder with its tokenizer, of any size, trained from nothing in any script.
 
 The network is transformers' `CLIPTextModelWithProjection` (Radford et al. 2021, arXiv:2103.00020), so its weights are
-files that other programs read. Tokens are byte pairs (Sennrich et al. 2016, arXiv:1508.07909) over UTF-8, so that every
-script can be written: 256 bytes, 256 bytes that end a word, one token a merge, and the two marks of a text's ends. The
-merges are what a tokenizer knows; they are a buffer and travel with the weights.
+files that other programs read; `imagekiln.nets.frozen_text` has pretrained ones. Tokens are byte pairs (Sennrich et al.
+2016, arXiv:1508.07909) over UTF-8, so that every script can be written: 256 bytes, 256 bytes that end a word, one token
+a merge, and the two marks of a text's ends. The merges are what a tokenizer knows; they are a buffer and travel with
+the weights.
 
 Shapes: B texts, L tokens a text, W numbers a token, M merges.
 """
@@ -36,8 +37,57 @@ class Encoded(NamedTuple):
     pooled_BP: Tensor
 
 
-class TextEncoder(nn.Module):
-    """A text encoder.
+class ClipText(nn.Module):
+    """transformers' `CLIPTextModelWithProjection` and the tokenizer that belongs to it.
+
+    context: tokens a text, the marks of its ends included; longer ones are cut. base: folder of a pretrained one, ""
+    for one that is trained from nothing.
+    """
+
+    clip: Any
+    context: int
+    base: str = ""
+
+    @property
+    def width(self) -> int:
+        """Numbers a token."""
+        return int(self.clip.config.hidden_size)
+
+    @property
+    def whole_width(self) -> int:
+        """Numbers of a whole text."""
+        return int(self.clip.config.projection_dim)
+
+    def tokenizer(self) -> Any:
+        """transformers' `CLIPTokenizer`."""
+        raise NotImplementedError
+
+    def study(self, captions: Sequence[str]) -> None:
+        """Take a vocabulary from captions, where it is not known already."""
+
+    def read(self, captions: Sequence[str]) -> Tensor:
+        """tokens_BL int64 on the CPU: start, tokens, end, and padding up to the context's length."""
+        read = self.tokenizer()(
+            [_utf8(caption) for caption in captions],
+            padding="max_length",
+            truncation=True,
+            max_length=self.context,
+            return_tensors="pt",
+        )
+        tokens_BL: Tensor = read["input_ids"]
+        return tokens_BL
+
+    def cuts(self, caption: str) -> bool:
+        """Whether `read` leaves out the end of this caption."""
+        return len(self.tokenizer()(_utf8(caption), verbose=False)["input_ids"]) > self.context
+
+    def forward(self, tokens_BL: Tensor) -> Encoded:
+        said = self.clip(input_ids=tokens_BL, output_hidden_states=True)
+        return Encoded(said.last_hidden_state, said.hidden_states[-2], said.text_embeds)
+
+
+class TextEncoder(ClipText):
+    """A text encoder that is trained from nothing; padding is the mark of a text's end.
 
     width, layers: of the network, with heads of 64 numbers where the width allows. context: tokens a text, the marks
     of its ends included; longer ones are cut. vocabulary: tokens in all, at least 514.
@@ -78,30 +128,10 @@ class TextEncoder(nn.Module):
         if known:
             self.merges_M2[: len(known)] = torch.tensor(known, dtype=torch.int32)
 
-    def read(self, captions: Sequence[str]) -> Tensor:
-        """tokens_BL int64 on the CPU: start, tokens, end, and ends up to the context's length."""
-        read = self.tokenizer()(
-            [_utf8(caption) for caption in captions],
-            padding="max_length",
-            truncation=True,
-            max_length=self.context,
-            return_tensors="pt",
-        )
-        tokens_BL: Tensor = read["input_ids"]
-        return tokens_BL
-
-    def cuts(self, caption: str) -> bool:
-        """Whether `read` leaves out the end of this caption."""
-        return len(self.tokenizer()(_utf8(caption), verbose=False)["input_ids"]) > self.context
-
     def tokenizer(self) -> Any:
         """transformers' `CLIPTokenizer` of these merges."""
         merges = self.merges_M2.cpu().numpy()
         return _tokenizer(merges[merges[:, 0] >= 0].tobytes(), self.vocabulary, self.context)
-
-    def forward(self, tokens_BL: Tensor) -> Encoded:
-        said = self.clip(input_ids=tokens_BL, output_hidden_states=True)
-        return Encoded(said.last_hidden_state, said.hidden_states[-2], said.text_embeds)
 
 
 # -- tokens -----------------------------------------------------------------------------------------------------------

@@ -73,11 +73,14 @@ class Transformer(nn.Module):
     Words are the encoder's state before its last layer, and the whole text its pooled answer, as in Stable Diffusion 3;
     both are filled up with zeros where the network expects the second encoder of that model.
 
-    depth: layers, heads, and width over 64. text_width: numbers a token of the encoder. num_augment: numbers that tell
-    what was done to a training picture, which are added to the whole text; 0 for a network that is not told.
+    depth: layers, heads, and width over 64. text_width, whole_width: numbers a token of the encoder, and a whole text.
+    num_augment: numbers that tell what was done to a training picture, which are added to the whole text; 0 for a
+    network that is not told.
     """
 
-    def __init__(self, shape: tuple[int, int, int], depth: int, text_width: int, num_augment: int = 0) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], depth: int, text_width: int, whole_width: int, num_augment: int = 0
+    ) -> None:
         super().__init__()
         channels, rows, columns = shape
         if rows != columns or rows % 2:
@@ -94,14 +97,14 @@ class Transformer(nn.Module):
             attention_head_dim=HEAD,
             caption_projection_dim=HEAD * depth,
             joint_attention_dim=text_width + SECOND,
-            pooled_projection_dim=text_width + SECOND,
+            pooled_projection_dim=whole_width + SECOND,
             pos_embed_max_size=rows // 2,
         )
         self.net.pos_embed = Places(self.net.pos_embed, rows // 2)
         hasten(self.net)
         self._initialise()
         if num_augment:
-            self.augment_embedding = nn.Linear(num_augment, text_width, bias=False)
+            self.augment_embedding = nn.Linear(num_augment, whole_width, bias=False)
 
     def _initialise(self) -> None:
         """As in DiT (Peebles & Xie 2023, arXiv:2212.09748, section 3.2): every block begins as the identity, because
@@ -270,9 +273,17 @@ def _heard(modules: Iterable[nn.Module], place: int, call: Callable[[], Any]) ->
 
 
 def denoiser(
-    kind: str, shape: tuple[int, int, int], depth: int, widths: Sequence[int], text_width: int, num_augment: int = 0
+    kind: str,
+    shape: tuple[int, int, int],
+    depth: int,
+    widths: Sequence[int],
+    text_width: int,
+    whole_width: int | None = None,
+    num_augment: int = 0,
 ) -> Transformer | ConditionedUnet:
     """A denoiser for pictures or latents of this shape (channels, rows, columns).
+
+    text_width, whole_width: numbers a token, and of a whole text; None = as many.
 
     >>> net = denoiser("sd3", (4, 8, 8), depth=1, widths=(), text_width=32)
     >>> text = Encoded(torch.zeros(2, 5, 32), torch.zeros(2, 5, 32), torch.zeros(2, 32))
@@ -280,5 +291,5 @@ def denoiser(
     torch.Size([2, 4, 8, 8])
     """
     if kind == "sd3":
-        return Transformer(shape, depth, text_width, num_augment)
+        return Transformer(shape, depth, text_width, text_width if whole_width is None else whole_width, num_augment)
     return ConditionedUnet(shape, widths, text_width, num_augment)

@@ -319,8 +319,10 @@ def test_families_of_one_shape_say_so(photos: Path) -> None:
         assert inputs.begin(wanted, load(wanted.data)).family.fits(24, 10)
 
 
-def test_a_transformer_learns_and_draws_shapes_and_resumes_bit_for_bit(photos: Path, tmp_path: Path) -> None:
-    text = {"width": 32, "layers": 2, "context": 8, "vocabulary": 520}
+@pytest.mark.parametrize("text", [{"width": 32, "layers": 2, "context": 8, "vocabulary": 520}, {"base": "random:clip"}])
+def test_a_transformer_learns_and_draws_shapes_and_resumes_bit_for_bit(
+    text: dict[str, Any], photos: Path, tmp_path: Path
+) -> None:
     wanted = made(photos, "stable_diffusion", family={"depth": 1, "text": text, "sample": {"steps": 2}})
     whole, first = (trainer(wanted, tmp_path / name) for name in ("whole", "halves"))
     shapes = {tuple(whole.loader.batch(8 * turn).images.shape[2:]) for turn in range(8)}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pretrained_folder import write_base
 
 from imagekiln import api
 from imagekiln.config import write_toml
@@ -426,6 +428,81 @@ def test_a_file_that_comfyui_would_refuse_is_named() -> None:
             rules.denoiser(shapes)
     with pytest.raises(UsageError, match=r"taesd_encoder.0.weight has shape \(32, 3, 3, 3\)"):
         rules.autoencoder(tall)
+
+
+# -- with a pretrained text encoder -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of text encoders: without a projection, and with one of another width."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    root = tmp_path_factory.mktemp("texts")
+    plain, narrow = write_base(root / "plain", "sd1"), root / "narrow"
+    config = json.loads((plain / "text_encoder" / "config.json").read_text()) | {"projection_dim": 24}
+    shutil.copytree(plain / "tokenizer", narrow)
+    torch.manual_seed(3)
+    CLIPTextModelWithProjection(CLIPTextConfig(**config)).save_pretrained(narrow)
+    return {"plain": plain, "narrow": narrow}
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with numpy 2
+@pytest.mark.parametrize("denoiser", ["sd3", "unet"])
+@pytest.mark.parametrize("base", ["plain", "narrow"])
+def test_a_pretrained_text_encoder_is_within_the_pipeline(
+    base: str, denoiser: str, bases: dict[str, Path], kl: Run, tmp_path: Path
+) -> None:
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+    run = speaking(tmp_path / "run", kl, denoiser=denoiser, text={"base": str(bases[base])})
+    receipt = api.export(run, "diffusers", tmp_path / "out")
+    assert receipt["difference"] <= 1e-4
+    text: Any = open_model(run, device="cpu").family.text
+    assert (text.width, text.whole_width) == (32, 32 if base == "plain" else 24)
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
+    tokens = tokenizer(CAPTIONS, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
+    assert torch.equal(tokens["input_ids"], text.read(CAPTIONS))
+    if denoiser == "sd3":
+        written = CLIPTextModelWithProjection.from_pretrained(tmp_path / "out" / "text_encoder").eval()
+        assert all(torch.equal(value, written.state_dict()[name]) for name, value in text.clip.state_dict().items())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"Its text encoder is that of {base}, unchanged." in card and "It reads 16 tokens" in card
+    assert str(tmp_path) not in card and str(bases[base]) not in card
+
+
+@pytest.mark.parametrize("base", ["plain", "narrow"])
+def test_a_pretrained_text_encoder_comes_with_the_node(
+    base: str, bases: dict[str, Path], eightfold: Run, tmp_path: Path
+) -> None:
+    run = speaking(tmp_path / "run", eightfold, text={"base": str(bases[base])})
+    receipt = api.export(run, "comfyui", tmp_path / "out")
+    assert receipt["difference"] <= 1e-4 and receipt["detected"]["denoiser"]["model"] == "SD3"
+    assert f"Its text encoder is that of {base}, unchanged." in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_text_encoder_that_is_too_wide_for_comfyui_is_named(
+    bases: dict[str, Path], eightfold: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from imagekiln.exporters import comfyui
+
+    monkeypatch.setattr(comfyui, "WHOLE", 31)
+    run = speaking(tmp_path / "run", eightfold, text={"base": str(bases["narrow"])})
+    with pytest.raises(UsageError, match="is 32 numbers wide, and ComfyUI's SD3 reads at most 31"):
+        api.export(run, "comfyui", tmp_path / "out")
+
+
+def test_safetensors_find_the_pretrained_text_encoder_again(bases: dict[str, Path], tiny: Run, tmp_path: Path) -> None:
+    run = speaking(tmp_path / "run", tiny, text={"base": str(bases["plain"])})
+    receipt = api.export(run, "safetensors", tmp_path / "out")
+    assert receipt["difference"] == 0.0
+    again: Any = load_model(Path(receipt["path"]), "cpu").family
+    assert torch.equal(
+        again.text(again.read(CAPTIONS)).last_BLW, open_model(run).family.text(again.read(CAPTIONS)).last_BLW
+    )
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
