@@ -118,6 +118,11 @@ def teacher_of(student: Family) -> Any:
             f"{where} draws pictures of {its[0]} with {its[1]} classes, and these are {mine[0]} with {mine[1]}. Give "
             "the pictures it was trained on."
         )
+    words, its_words = student.read([""]), teacher.read([""])
+    if words is not None and its_words is not None and not torch.equal(words, its_words):
+        raise RecipeError(
+            f"{where} reads texts as other tokens than this one. Begin with its run (--from), or give its family.text."
+        )
     return teacher
 
 

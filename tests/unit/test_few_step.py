@@ -368,6 +368,15 @@ def test_what_cannot_go_on_is_refused(trained: dict[str, Run], tmp_path: Path) -
         imagekiln.train(
             "stable_diffusion", "builtin:digits", tmp_path / "sd", settings={"family": WORDS}, assignments=given
         )
+    teacher = trained["stable_diffusion"]
+    words = WORDS | {
+        "teacher": str(teacher.path),
+        "text": {"base": "random:clip"},
+        "sample": {"steps": 2, "sampler": "euler"},
+    }
+    with pytest.raises(RecipeError, match="reads texts as other tokens than this one"):
+        settings = {"family": words, "data": {"codec": str(teacher.codec_path)}}
+        imagekiln.train("stable_diffusion", "builtin:digits", tmp_path / "other", settings=settings)
 
 
 def test_another_teacher_at_resume_is_refused(trained: dict[str, Run], tmp_path: Path) -> None:
