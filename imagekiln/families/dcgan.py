@@ -1,7 +1,8 @@
 """DCGAN: two convolutional networks play against each other, in Radford's layers, initialisation and optimizer.
 
 Radford, Metz & Chintala 2016 (arXiv:1511.06434) with the non-saturating loss of Goodfellow et al. 2014
-(arXiv:1406.2661). What differs from the paper: with labels the generator takes an embedding beside its noise and the
+(arXiv:1406.2661). The networks are those of pytorch/examples; a width of 128 and a kernel of 5 make them the paper's.
+What differs from the paper: normal noise; with labels the generator takes an embedding beside its noise and the
 discriminator is a projection (Miyato & Koyama 2018, arXiv:1802.05637); the moving average of the generator draws.
 """
 
@@ -17,7 +18,7 @@ from imagekiln.config import AugmentConfig, FamilyConfig
 from imagekiln.core import Batch, Condition, Family, Loss, Phase, Progress
 from imagekiln.nets.adversarial import cross_entropy_critic, non_saturating_generator
 from imagekiln.nets.augmentation import Augmentation
-from imagekiln.nets.dcgan import Discriminator, Generator
+from imagekiln.nets.dcgan import Discriminator, Generator, Kernel
 from imagekiln.nets.stabilizers import LeCam, fading, instance_noise
 
 
@@ -27,6 +28,7 @@ class DcganConfig(FamilyConfig):
     name: str = "dcgan"
     z_dim: int = Field(100, ge=1, description="length of the noise vector")
     width: int = Field(64, ge=4, description="channels of the layer next to the picture")
+    kernel: Kernel = Field(4, description="side of the convolutions (paper: 5, with a width of 128)")
     smooth_real: float = Field(0.0, ge=0, lt=0.5, description="the target of real pictures is 1 minus this (try 0.1)")
     smooth_fake: float = Field(
         0.0, ge=0, lt=0.5, description="the target of fakes; above 0 it holds bad fakes in place"
@@ -50,8 +52,8 @@ class Dcgan(Family):
 
     def __init__(self, config: DcganConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__(config, image_shape, num_classes)
-        self.generator = Generator(config.z_dim, image_shape, config.width, num_classes)
-        self.discriminator = Discriminator(image_shape, config.width, num_classes)
+        self.generator = Generator(config.z_dim, image_shape, config.width, num_classes, kernel=config.kernel)
+        self.discriminator = Discriminator(image_shape, config.width, num_classes, kernel=config.kernel)
         self.augment = Augmentation(config.augment, image_shape[0])
         self.lecam = LeCam() if config.lecam else None
 

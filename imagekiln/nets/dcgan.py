@@ -2,7 +2,10 @@
 
 Transposed and strided 4x4 convolutions, batch normalisation, and normal initialisation of standard deviation 0.02. The
 sizes and the `state_dict` keys are those of the DCGAN in pytorch/examples: at 64 pixels, 3 channels and a z of 100 the
-networks have 3,576,704 and 2,765,568 parameters. Besides the paper: any size base * 2^k with base 4 to 7, class labels
+networks have 3,576,704 and 2,765,568 parameters. With kernels of 5 and a width of 128 they are those of the paper's own
+code, which normalises every unit of the first layer by itself: 18,885,760 and 17,232,768. At 32 pixels and a z of 128
+these, with biases and a discriminator without normalisation, are the convolutional networks of Gulrajani et al. 2017
+(arXiv:1704.00028): 5,179,907 and 4,114,689. Besides the papers: any size base * 2^k with base 4 to 7, class labels
 (embedding beside z in the generator, projection in the discriminator: Miyato and Koyama 2018), and a discriminator that
 answers logits, so that every adversarial loss can be used with it.
 
@@ -11,12 +14,17 @@ Shapes: B pictures, Z latent dimensions, C channels, H rows, W columns.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
+from typing import Literal
 
 from torch import Tensor, cat, nn
 
 from imagekiln.errors import RecipeError
 from imagekiln.nets.labels import LabelEmbedding
+
+Kernel = Literal[4, 5]
+"""Height and width of the convolutions that double or halve."""
 
 LABEL_WIDTH = 32
 """Dimensions a label takes beside z."""
@@ -49,25 +57,38 @@ class Generator(nn.Module):
     """From latent vectors to pictures.
 
     z_dim: latent dimensions Z. image_shape: (C, H, W). width: channels before the last layer, doubled at each halving
-    of the picture. num_classes: 0 for a generator without labels. Raises `RecipeError` for an impossible size.
+    of the picture. num_classes: 0 for a generator without labels. kernel: 4, or 5 as above. bias: whether linear layers
+    and convolutions have one. Raises `RecipeError` for an impossible size.
 
     >>> import torch
     >>> Generator(100, (3, 32, 32))(torch.randn(2, 100)).shape
     torch.Size([2, 3, 32, 32])
     """
 
-    def __init__(self, z_dim: int, image_shape: tuple[int, int, int], width: int = 64, num_classes: int = 0) -> None:
+    def __init__(
+        self,
+        z_dim: int,
+        image_shape: tuple[int, int, int],
+        width: int = 64,
+        num_classes: int = 0,
+        *,
+        kernel: Kernel = 4,
+        bias: bool = False,
+    ) -> None:
         super().__init__()
         count, base = halvings(image_shape)
         self.labels = LabelEmbedding(num_classes, LABEL_WIDTH) if num_classes else None
         channels = [width << level for level in reversed(range(count))]
         inputs = z_dim + (LABEL_WIDTH if num_classes else 0)
-        layers = [nn.ConvTranspose2d(inputs, channels[0], base, bias=False), *_norm_relu(channels[0])]
+        if kernel == 4:
+            layers = [nn.ConvTranspose2d(inputs, channels[0], base, bias=bias), *_norm_relu(channels[0])]
+        else:
+            units = channels[0] * math.prod(base)
+            layers = [nn.Flatten(), nn.Linear(inputs, units, bias=bias), nn.BatchNorm1d(units), nn.ReLU()]
+            layers.append(nn.Unflatten(1, (channels[0], *base)))
         for before, after in pairwise(channels):
-            layers += [nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False), *_norm_relu(after)]
-        self.main = nn.Sequential(
-            *layers, nn.ConvTranspose2d(channels[-1], image_shape[0], 4, 2, 1, bias=False), nn.Tanh()
-        )
+            layers += [_double(before, after, kernel, bias), *_norm_relu(after)]
+        self.main = nn.Sequential(*layers, _double(channels[-1], image_shape[0], kernel, bias), nn.Tanh())
         self.apply(_initialise)
 
     def forward(self, z_BZ: Tensor, labels_B: Tensor | None = None) -> Tensor:
@@ -78,21 +99,34 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """From pictures to one logit each: positive for "real". Arguments as for `Generator`.
+    """From pictures to one logit each: positive for "real".
+
+    normalised: False leaves out batch normalisation, so that no picture influences another's logit and gradients can be
+    penalised. Other arguments as for `Generator`.
 
     >>> import torch
     >>> Discriminator((3, 32, 32), num_classes=10)(torch.zeros(2, 3, 32, 32), torch.tensor([7, -1])).shape
     torch.Size([2])
     """
 
-    def __init__(self, image_shape: tuple[int, int, int], width: int = 64, num_classes: int = 0) -> None:
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        width: int = 64,
+        num_classes: int = 0,
+        *,
+        kernel: Kernel = 4,
+        bias: bool = False,
+        normalised: bool = True,
+    ) -> None:
         super().__init__()
         count, base = halvings(image_shape)
         channels = [width << level for level in range(count)]
-        layers = [nn.Conv2d(image_shape[0], width, 4, 2, 1, bias=False), nn.LeakyReLU(0.2)]
+        layers = [_halve(image_shape[0], width, kernel, bias), nn.LeakyReLU(0.2)]
         for before, after in pairwise(channels):
-            layers += [nn.Conv2d(before, after, 4, 2, 1, bias=False), nn.BatchNorm2d(after), nn.LeakyReLU(0.2)]
-        self.main = nn.Sequential(*layers, nn.Conv2d(channels[-1], 1, base, bias=False))
+            norm = [nn.BatchNorm2d(after)] if normalised else []
+            layers += [_halve(before, after, kernel, bias), *norm, nn.LeakyReLU(0.2)]
+        self.main = nn.Sequential(*layers, nn.Conv2d(channels[-1], 1, base, bias=bias))
         self.labels = LabelEmbedding(num_classes, channels[-1]) if num_classes else None
         self.apply(_initialise)
 
@@ -109,9 +143,18 @@ def _norm_relu(channels: int) -> tuple[nn.Module, nn.Module]:
     return nn.BatchNorm2d(channels), nn.ReLU()
 
 
+def _double(before: int, after: int, kernel: Kernel, bias: bool) -> nn.Module:
+    return nn.ConvTranspose2d(before, after, kernel, 2, (kernel - 1) // 2, output_padding=kernel % 2, bias=bias)
+
+
+def _halve(before: int, after: int, kernel: Kernel, bias: bool) -> nn.Module:
+    return nn.Conv2d(before, after, kernel, 2, (kernel - 1) // 2, bias=bias)
+
+
 def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Embedding):
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, 0.0, 0.02)
-    elif isinstance(module, nn.BatchNorm2d):
+    elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
-        nn.init.zeros_(module.bias)
+    if isinstance(getattr(module, "bias", None), nn.Parameter):
+        nn.init.zeros_(module.bias)  # type: ignore[arg-type]

@@ -8,8 +8,9 @@ generator, projection in the critic (Miyato & Koyama 2018, arXiv:1802.05637). Tw
   above             a pyramid: `width` channels next to the picture, doubled at each halving, at most 16 * width
 
 Parameters of generator and critic with 3 channels and a z of 128: WGAN-GP at 32 pixels (both widths 128) 1,204,483 and
-1,053,825; SNGAN at 32 (widths 256 and 128) 4,276,739 and 1,053,825; at 64 (both 64) 12,220,675 and 10,141,441. A label
-for "anything" adds one row to every label table.
+1,053,825, with ten classes and a critic that names them 1,218,307 and 1,055,115; SNGAN at 32 (widths 256 and 128)
+4,276,739 and 1,053,825; at 64 (both 64) 12,220,675 and 10,141,441. A label for "anything" adds one row to every label
+table and is not counted.
 
 Shapes: B pictures, Z latent dimensions, C channels, H rows, W columns.
 """
@@ -63,15 +64,18 @@ class ConditionalNorm(nn.Module):
 
 
 class Grow(nn.Module):
-    """A generator's block: norm, ReLU, doubling, 3x3, norm, ReLU, 3x3, beside a doubled 1x1."""
+    """A generator's block: norm, ReLU, doubling, 3x3, norm, ReLU, 3x3, beside a doubled 1x1.
 
-    def __init__(self, before: int, after: int, num_classes: int) -> None:
+    bias: whether the first 3x3 has one, although a norm follows it.
+    """
+
+    def __init__(self, before: int, after: int, num_classes: int, *, bias: bool = True) -> None:
         super().__init__()
         self.first_norm = ConditionalNorm(before, num_classes)
-        self.first = _conv(before, after)
+        self.first = convolution(before, after, bias=bias)
         self.second_norm = ConditionalNorm(after, num_classes)
-        self.second = _conv(after, after)
-        self.shortcut = _conv(before, after, kernel=1, gain=1.0)
+        self.second = convolution(after, after)
+        self.shortcut = convolution(before, after, kernel=1, gain=1.0)
 
     def forward(self, x_BCHW: Tensor, labels_B: Tensor | None) -> Tensor:
         """x_BCHW -> (B, after, 2 H, 2 W)."""
@@ -90,10 +94,10 @@ class Shrink(nn.Module):
         super().__init__()
         inner = after if first else before
         self.starts, self.halve = first, halve
-        self.first = _conv(before, inner, spectral=spectral)
-        self.second = _conv(inner, after, spectral=spectral)
+        self.first = convolution(before, inner, spectral=spectral)
+        self.second = convolution(inner, after, spectral=spectral)
         same = before == after and not halve
-        self.shortcut = None if same else _conv(before, after, kernel=1, gain=1.0, spectral=spectral)
+        self.shortcut = None if same else convolution(before, after, kernel=1, gain=1.0, spectral=spectral)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """x_BCHW -> (B, after, H, W), or half the height and width."""
@@ -121,7 +125,7 @@ class Generator(nn.Module):
         self.project = nn.Linear(z_dim, channels[0] * self.base[0] * self.base[1])
         self.blocks = nn.ModuleList(Grow(before, after, num_classes) for before, after in pairwise(channels))
         self.last_norm = nn.BatchNorm2d(channels[-1])
-        self.last = _conv(channels[-1], image_shape[0], gain=1.0)
+        self.last = convolution(channels[-1], image_shape[0], gain=1.0)
         nn.init.xavier_uniform_(self.project.weight)
         nn.init.zeros_(self.project.bias)
 
@@ -138,7 +142,8 @@ class Discriminator(nn.Module):
 
     spectral: divide every weight by its largest singular value, one power iteration a forward pass in training mode
     (Miyato et al. 2018, algorithm 1); the iteration's vectors are buffers, so a stopped training continues exactly.
-    pool: how the last map becomes features, "sum" (SNGAN) or "mean" (WGAN-GP). Other arguments as for `Generator`.
+    pool: how the last map becomes features, "sum" (SNGAN) or "mean" (WGAN-GP). classifier: it is not told classes, it
+    names them (`classify`). Other arguments as for `Generator`.
 
     >>> import torch
     >>> critic = Discriminator((3, 32, 32), width=16, num_classes=10, spectral=True)
@@ -154,6 +159,7 @@ class Discriminator(nn.Module):
         *,
         spectral: bool = False,
         pool: Literal["sum", "mean"] = "sum",
+        classifier: bool = False,
     ) -> None:
         super().__init__()
         self.pool = pool
@@ -166,11 +172,15 @@ class Discriminator(nn.Module):
         )
         features = plan[-1][1]
         self.head = nn.Linear(features, 1)
-        self.labels = LabelEmbedding(num_classes, features) if num_classes else None
+        self.labels = LabelEmbedding(num_classes, features) if num_classes and not classifier else None
         nn.init.xavier_uniform_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         if self.labels is not None:
             nn.init.xavier_uniform_(self.labels.table.weight)
+        if classifier:
+            self.classes = nn.Linear(features, num_classes)
+            nn.init.xavier_uniform_(self.classes.weight)
+            nn.init.zeros_(self.classes.bias)
         if spectral:
             spectral_norm(self.head)
             if self.labels is not None:
@@ -178,12 +188,20 @@ class Discriminator(nn.Module):
 
     def forward(self, images_BCHW: Tensor, labels_B: Tensor | None = None) -> Tensor:
         """logits_B. images_BCHW in [-1, 1]; labels_B as for the generator."""
-        map_BCHW = relu(self.blocks(images_BCHW))
-        features_BC = map_BCHW.sum((2, 3)) if self.pool == "sum" else map_BCHW.mean((2, 3))
+        features_BC = self._features(images_BCHW)
         logits_B = self.head(features_BC).flatten()
         if self.labels is not None:
             logits_B = logits_B + (self.labels(labels_B, len(features_BC)) * features_BC).sum(dim=1)
         return logits_B
+
+    def classify(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """logits_B, and logits_BK of the classes, of a discriminator with a classifier (Odena et al. 2017, AC-GAN)."""
+        features_BC = self._features(images_BCHW)
+        return self.head(features_BC).flatten(), self.classes(features_BC)
+
+    def _features(self, images_BCHW: Tensor) -> Tensor:
+        map_BCHW = relu(self.blocks(images_BCHW))
+        return map_BCHW.sum((2, 3)) if self.pool == "sum" else map_BCHW.mean((2, 3))
 
 
 def doublings(image_shape: tuple[int, int, int]) -> tuple[int, tuple[int, int]]:
@@ -217,12 +235,14 @@ def critic_plan(image_shape: tuple[int, int, int], width: int) -> list[tuple[int
     return [(before, after, halve) for (before, after), halve in zip(pairwise(channels), halves, strict=True)]
 
 
-def _conv(
-    before: int, after: int, *, kernel: int = 3, gain: float = RESIDUAL_GAIN, spectral: bool = False
+def convolution(
+    before: int, after: int, *, kernel: int = 3, gain: float = RESIDUAL_GAIN, bias: bool = True, spectral: bool = False
 ) -> nn.Module:
-    conv = nn.Conv2d(before, after, kernel, padding=kernel // 2)
+    """A convolution that keeps the size, with Xavier's initial weights times a gain."""
+    conv = nn.Conv2d(before, after, kernel, padding=kernel // 2, bias=bias)
     nn.init.xavier_uniform_(conv.weight, gain)
-    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
     return spectral_norm(conv) if spectral else conv
 
 
