@@ -10,6 +10,7 @@ information: a capacity that grows, weight * |divergence - C(t)| (Burgess et al.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from imagekiln.config import FamilyConfig, Fraction
 from imagekiln.core import Batch, Condition, Family, Loss, Phase, Progress
 from imagekiln.errors import RecipeError
-from imagekiln.nets.autoencoder import VaeDecoder, VaeEncoder
+from imagekiln.nets.autoencoder import ConvDecoder, ConvEncoder, VaeDecoder, VaeEncoder
+
+NETWORKS = {"residual": (VaeEncoder, VaeDecoder), "convolutional": (ConvEncoder, ConvDecoder)}
 
 LOWEST_LOG_STD = math.log(1 / 255)
 """Half an 8-bit grey level in [-1, 1]: no picture is known more exactly than that."""
@@ -30,6 +33,9 @@ class VaeConfig(FamilyConfig):
     name: str = "vae"
     z_dim: int = Field(32, ge=1, description="dimensions of the latent space")
     width: int = Field(32, ge=8, description="channels of the finest level")
+    networks: Literal["residual", "convolutional"] = Field(
+        "residual", description="blocks with group normalisation, or plain layers with batch normalisation"
+    )
     beta: float = Field(1.0, ge=0, description="weight of the divergence from the prior; above 1 = beta-VAE")
     warmup_fraction: Fraction = Field(0.0, description="share of the run in which beta rises from 0")
     free_nats: float = Field(0.0, ge=0, description="divergence of every dimension that costs nothing")
@@ -54,8 +60,9 @@ class Vae(Family):
                 f"family.capacity_nats = {config.capacity_nats}: a capacity replaces beta, warmup_fraction and "
                 "free_nats; leave these at their defaults, or capacity_nats at 0."
             )
-        self.encoder = VaeEncoder(image_shape, config.width, config.z_dim, num_classes)
-        self.decoder = VaeDecoder(image_shape, config.width, config.z_dim, num_classes)
+        encoder, decoder = NETWORKS[config.networks]
+        self.encoder = encoder(image_shape, config.width, config.z_dim, num_classes)
+        self.decoder = decoder(image_shape, config.width, config.z_dim, num_classes)
         self.noise = nn.ParameterDict({"log_std": nn.Parameter(torch.tensor(-1.0))})
 
     def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:

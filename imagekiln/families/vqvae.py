@@ -42,6 +42,8 @@ class VqvaeConfig(FamilyConfig):
     width: int = Field(64, ge=8, description="channels of encoder and decoder at the grid (paper: 128)")
     num_codes: int = Field(512, ge=2, description="codes in the book")
     code_dim: int = Field(64, ge=1, description="dimensions of a code")
+    blocks: int = Field(2, ge=1, le=16, description="residual blocks of encoder and decoder each")
+    wide_blocks: bool = Field(False, description="as wide inside as outside, without biases, instead of a quarter")
     halvings: int = Field(2, ge=1, le=6, description="how often the picture is halved to get the grid")
     beta: float = Field(0.25, ge=0, description="how strongly the encoder is pulled to its codes")
     decay: float = Field(0.99, ge=0, lt=1, description="of the moving averages that make the codes")
@@ -66,9 +68,10 @@ class Vqvae(Family):
     def __init__(self, config: VqvaeConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__(config, image_shape, num_classes)
         self.grid = grid_shape(image_shape, config.halvings)
-        self.encoder = GridEncoder(image_shape, config.width, config.code_dim, config.halvings)
+        shape = image_shape, config.width, config.code_dim, config.halvings
+        self.encoder = GridEncoder(*shape, blocks=config.blocks, wide=config.wide_blocks)
         self.codebook = Codebook(config.num_codes, config.code_dim, config.decay, config.restart_below)
-        self.decoder = GridDecoder(image_shape, config.width, config.code_dim, config.halvings)
+        self.decoder = GridDecoder(*shape, blocks=config.blocks, wide=config.wide_blocks)
         self.prior = TokenPrior(
             config.num_codes, math.prod(self.grid), config.prior_width, config.prior_layers, num_classes
         )

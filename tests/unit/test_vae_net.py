@@ -7,17 +7,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imagekiln.nets.autoencoder import LOGVAR_RANGE, VaeDecoder, VaeEncoder, pyramid
+from imagekiln.nets.autoencoder import LOGVAR_RANGE, ConvDecoder, ConvEncoder, VaeDecoder, VaeEncoder, pyramid
 
 SHAPES = [(1, 8, 8), (3, 17, 30), (1, 28, 28), (4, 32, 32), (3, 64, 64)]
+NETWORKS = {"residual": (VaeEncoder, VaeDecoder), "convolutional": (ConvEncoder, ConvDecoder)}
+each_network = pytest.mark.parametrize(("encoder", "decoder"), NETWORKS.values(), ids=NETWORKS)
 
 
+@each_network
 @pytest.mark.parametrize("num_classes", [0, 3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shapes_ranges_and_gradients(shape, num_classes):
+def test_shapes_ranges_and_gradients(shape, num_classes, encoder, decoder):
     torch.manual_seed(0)
-    encoder = VaeEncoder(shape, width=8, z_dim=6, num_classes=num_classes)
-    decoder = VaeDecoder(shape, width=8, z_dim=6, num_classes=num_classes)
+    encoder = encoder(shape, width=8, z_dim=6, num_classes=num_classes)
+    decoder = decoder(shape, width=8, z_dim=6, num_classes=num_classes)
     labels = torch.tensor([0, 1, 2, -1]) if num_classes else None
     mean, logvar = encoder(torch.rand(4, *shape) * 2 - 1, labels)
     assert mean.shape == logvar.shape == (4, 6)
@@ -39,20 +42,24 @@ def test_the_pyramid_ends_small_for_any_size(rows, columns):
 @settings(max_examples=10, deadline=None)
 @given(st.integers(8, 40), st.integers(8, 40))
 def test_decoders_return_the_size_they_were_built_for(rows, columns):
-    assert VaeDecoder((1, rows, columns), width=8, z_dim=2)(torch.zeros(1, 2)).shape == (1, 1, rows, columns)
+    for decoder in (VaeDecoder, ConvDecoder):
+        drawn = decoder((1, rows, columns), width=8, z_dim=2).eval()(torch.zeros(1, 2))
+        assert drawn.shape == (1, 1, rows, columns)
 
 
-def test_labels_matter_and_no_label_is_the_null_label():
+@each_network
+def test_labels_matter_and_no_label_is_the_null_label(encoder, decoder):
     torch.manual_seed(0)
-    encoder, decoder = VaeEncoder((1, 8, 8), 8, 4, 3), VaeDecoder((1, 8, 8), 8, 4, 3)
+    encoder, decoder = encoder((1, 8, 8), 8, 4, 3).eval(), decoder((1, 8, 8), 8, 4, 3).eval()
     for net, inputs in ((lambda *a: encoder(*a)[0], torch.randn(2, 1, 8, 8)), (decoder, torch.randn(2, 4))):
         anything = net(inputs, torch.tensor([-1, -1]))
         assert torch.equal(net(inputs, None), anything)
         assert (net(inputs, torch.tensor([0, 0])) - anything).abs().max() > 0.01
 
 
-def test_log_variances_are_bounded():
-    encoder = VaeEncoder((1, 8, 8), 8, 4)
+@each_network
+def test_log_variances_are_bounded(encoder, decoder):
+    encoder = encoder((1, 8, 8), 8, 4)
     with torch.no_grad():
         encoder.head.weight.mul_(1e6)
     _, logvar = encoder(torch.randn(16, 1, 8, 8))

@@ -35,6 +35,18 @@ def measure(vae, fraction: float = 0.5):
     return price, divergence_BZ.sum(1).mean().item(), divergence_BZ
 
 
+@pytest.mark.parametrize("networks", ["residual", "convolutional"])
+def test_both_networks_learn(networks):
+    vae, x = family(networks=networks), torch.rand(6, 1, 8, 8) * 2 - 1
+    optimizer, totals = torch.optim.Adam(vae.parameters(), lr=3e-3), []
+    for _ in range(20):
+        optimizer.zero_grad()
+        totals.append(vae.loss("elbo", Batch(x), Progress(0, 1)).total)
+        totals[-1].backward()
+        optimizer.step()
+    assert totals[-1] < totals[0]
+
+
 def test_the_divergence_is_that_of_two_gaussians():
     vae = family()
     x = torch.rand(6, 1, 8, 8)

@@ -1,4 +1,4 @@
-"""VQ-VAE: counts of the paper, quantisation and code-book against closed forms, the prior's probabilities."""
+"""VQ-VAE: networks, quantisation and code-book against closed forms, the prior's probabilities."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def family(num_classes: int = 0, **settings):
     return recipes.build(recipes.resolve("vqvae", {"family": {**small, **settings}}), (1, 8, 8), num_classes)
 
 
-def test_counts_are_those_of_the_paper():
-    shape = (3, 32, 32)
-    encoder, decoder = GridEncoder(shape, 128, 64), GridDecoder(shape, 128, 64)
-    assert (count(encoder) - count(encoder.head), count(encoder.head), count(decoder)) == (364_160, 8_256, 290_307)
-    assert count(encoder) + count(decoder) == 662_723
-    assert count(Codebook(512, 64)) == 32_768
-
-
 @pytest.mark.parametrize("halvings", [1, 2, 3])
 def test_every_depth_and_size(halvings):
     encoder, decoder = (net((3, 24, 40), 8, 5, halvings) for net in (GridEncoder, GridDecoder))
     z = encoder(torch.randn(2, 3, 24, 40))
     assert z.shape == (2, 5, 24 >> halvings, 40 >> halvings) and decoder(z).shape == (2, 3, 24, 40)
+
+
+@pytest.mark.parametrize("settings", [{"blocks": 1}, {"blocks": 3, "wide": True}], ids=str)
+def test_blocks_are_as_many_and_as_wide_as_asked_for(settings):
+    for net in (GridEncoder((3, 8, 8), 8, 5, **settings), GridDecoder((3, 8, 8), 8, 5, **settings)):
+        inside = 8 if settings.get("wide") else 2
+        assert [block.conv1.out_channels for block in net.blocks] == [inside] * settings["blocks"]
+        assert all((block.conv2.bias is None) == ("wide" in settings) for block in net.blocks)
 
 
 def test_impossible_sizes_are_refused_with_a_way_out():
