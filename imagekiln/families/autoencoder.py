@@ -70,8 +70,8 @@ class AutoencoderConfig(FamilyConfig):
     kind: Literal["tiny", "kl", "vq"] = Field(
         "tiny", description="tiny = TAESD's shape, kl = AutoencoderKL, vq = codes"
     )
-    factor: Literal[2, 4, 8] = Field(4, description="height and width of a picture over those of its latents")
-    latent_channels: int = Field(4, ge=1, le=64, description="channels of the latents (Stable Diffusion: 4 or 16)")
+    factor: Literal[2, 4, 8, 16, 32] = Field(4, description="height and width of a picture over those of its latents")
+    latent_channels: int = Field(4, ge=1, le=256, description="channels of the latents (Stable Diffusion: 4 or 16)")
     width: int = Field(32, ge=8, multiple_of=4, description="channels of the finest level (paper: 128; TAESD: 64)")
     blocks: int = Field(1, ge=1, le=8, description="residual blocks a level (paper: 2; TAESD: 3)")
     num_codes: int = Field(1024, ge=2, description="codes in the book (vq)")

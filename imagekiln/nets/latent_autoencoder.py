@@ -5,7 +5,10 @@ with group normalisation and SiLU, one level a halving, self-attention in the mi
 mean and log-variance of a Gaussian. "vq" is `VQModel`, the same layers around a book of codes, which is kept outside.
 "tiny" is `AutoencoderTiny`, small residual blocks with ReLU and no normalisation: at a width of 64, three blocks and a
 factor of 8 it is TAESD (2,445,063 parameters with 4 latent channels). At widths of 128, 256, 512, 512 and two blocks
-"kl" is the autoencoder of Stable Diffusion (83,653,863 with 4).
+"kl" is the autoencoder of Stable Diffusion (83,653,863 with 4). At a factor of 16 or 32 levels that are a 16th of the
+picture or less have self-attention, too: with a width of 128 and two blocks the paper's (69,610,963 with 16 latent
+channels, 103,880,131 with 64), and as "vq" VQGAN (Esser et al. 2021, arXiv:2012.09841; 72,141,699 with 1,024 codes of
+256 numbers).
 
 The networks are instances of diffusers' classes, so weights and config are what diffusers reads. What differs is the
 speed on the CPU: group normalisation and SiLU are one pass, and activations lie with the channels last.
@@ -36,6 +39,9 @@ LOGVAR_RANGE = (-30.0, 20.0)
 WIDEST = 4
 """Channels of the coarsest level over those of the finest ("kl", "vq")."""
 
+ATTENTION_FROM = 4
+"""Halvings from which a level has self-attention, too ("kl", "vq"); with as many the channels grow half as fast."""
+
 GROUPS, PAPER_WIDTH, CHANNELS_A_GROUP = 32, 128, 16
 """Groups of a normalisation from the paper's width on, and channels in each below it: a group of few channels forgets
 how bright and how colourful a picture is, and a narrow network takes long to say it in another way."""
@@ -44,11 +50,12 @@ how bright and how colourful a picture is, and a narrow network takes long to sa
 def widths_of(kind: Kind, width: int, factor: int) -> tuple[int, ...]:
     """Channels of the levels from the finest to the coarsest; one level more than there are halvings.
 
-    >>> widths_of("kl", 128, 8), widths_of("tiny", 64, 4)
-    ((128, 256, 512, 512), (64, 64, 64))
+    >>> widths_of("kl", 128, 8), widths_of("kl", 128, 16), widths_of("tiny", 64, 4)
+    ((128, 256, 512, 512), (128, 128, 256, 256, 512), (64, 64, 64))
     """
-    levels = range(factor.bit_length())
-    return tuple(width if kind == "tiny" else width * min(2**level, WIDEST) for level in levels)
+    levels = factor.bit_length()
+    slower = 2 if levels > ATTENTION_FROM else 1
+    return tuple(width if kind == "tiny" else width * min(2 ** (n // slower), WIDEST) for n in range(levels))
 
 
 def build(
@@ -87,9 +94,10 @@ def build(
             "num_decoder_blocks": counts[::-1],
         }
         return diffusers().AutoencoderTiny(**settings)
+    attends = ["Attn" if level >= ATTENTION_FROM else "" for level in range(len(widths))]
     settings |= {
-        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
-        "up_block_types": ("UpDecoderBlock2D",) * len(widths),
+        "down_block_types": tuple(f"{prefix}DownEncoderBlock2D" for prefix in attends),
+        "up_block_types": tuple(f"{prefix}UpDecoderBlock2D" for prefix in reversed(attends)),
         "block_out_channels": tuple(widths),
         "layers_per_block": blocks,
         "norm_num_groups": _groups(widths[0]),
