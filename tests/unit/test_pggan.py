@@ -1,4 +1,4 @@
-"""Progressive GAN: published parameter counts, the schedule, fading, growing pictures, and resumption while growing."""
+"""Progressive GAN: the schedule, fading, growing pictures, and resumption while growing."""
 
 from __future__ import annotations
 
@@ -21,25 +21,6 @@ from imagekiln.errors import RecipeError
 from imagekiln.nets import pggan
 from imagekiln.nets.pggan import Discriminator, Generator
 from imagekiln.testing import Toy, _require_equal, _trainer
-
-PUBLISHED = {
-    32: (512, 20_719_628, 20_726_785),
-    64: (256, 22_490_383, 22_498_049),
-    256: (64, 23_044_309, 23_052_353),
-    1024: (16, 23_079_115, 23_087_249),
-}
-
-
-def count(net: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in net.parameters())
-
-
-@pytest.mark.parametrize(("side", "row"), PUBLISHED.items(), ids=map(str, PUBLISHED))
-def test_parameter_counts_are_the_published_ones(side, row):
-    width, generator, critic = row
-    with torch.device("meta"):
-        assert count(Generator(512, (3, side, side), width)) == generator
-        assert count(Discriminator((3, side, side), width)) == critic
 
 
 @pytest.fixture(autouse=True)

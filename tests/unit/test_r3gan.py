@@ -1,4 +1,4 @@
-"""R3GAN: published parameter counts, Fix-up initialisation, the relativistic loss and its two penalties."""
+"""R3GAN: Fix-up initialisation, the relativistic loss and its two penalties."""
 
 from __future__ import annotations
 
@@ -13,30 +13,6 @@ from imagekiln.engine import recipe as recipes
 from imagekiln.errors import RecipeError
 from imagekiln.nets import r3gan
 from imagekiln.nets.r3gan import Discriminator, Generator, Residual
-
-PUBLISHED = {
-    "CIFAR-10 conditional": (32, 768, 768, 16, 10, 20_781_952, 21_280_512),
-    "CIFAR-10": (32, 768, 768, 16, 0, 20_732_160, 20_683_776),
-    "FFHQ-64": (64, 384, 768, 16, 0, 22_429_824, 22_381_440),
-    "FFHQ-256": (256, 96, 768, 16, 0, 23_057_952, 23_009_568),
-    "ImageNet-32": (32, 1536, 1536, 32, 1000, 82_914_304, 86_548_992),
-    "ImageNet-64": (64, 1536, 1536, 32, 1000, 103_570_432, 107_205_120),
-    "quarter width": (32, 192, 192, 16, 0, 1_644_096, 1_632_000),
-}
-
-
-def count(net: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in net.parameters())
-
-
-@pytest.mark.parametrize(
-    ("side", "width", "widest", "group", "classes", "generator", "critic"), PUBLISHED.values(), ids=PUBLISHED
-)
-def test_parameter_counts_are_the_published_ones(side, width, widest, group, classes, generator, critic):
-    shape = (3, side, side)
-    with torch.device("meta"):
-        assert count(Generator(64, shape, width, widest, classes, group=group)) == generator
-        assert count(Discriminator(shape, width, widest, classes, group=group)) == critic
 
 
 @pytest.fixture(autouse=True)

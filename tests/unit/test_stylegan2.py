@@ -1,4 +1,4 @@
-"""StyleGAN2: published parameter counts, modulation, mixing, path lengths, lazy phases and exact resumption."""
+"""StyleGAN2: modulation, mixing, path lengths, lazy phases and exact resumption."""
 
 from __future__ import annotations
 
@@ -15,29 +15,6 @@ from imagekiln.errors import RecipeError
 from imagekiln.nets import stylegan2
 from imagekiln.nets.stylegan2 import Discriminator, Generator, Mapping, ModulatedConv2d
 from imagekiln.testing import _require_equal, _trainer
-
-PUBLISHED = {
-    "CIFAR-10 conditional": (32, 512, 2, 10, False, 20_215_315, 23_089_664),
-    "CIFAR-10": (32, 512, 2, 0, False, 19_947_539, 20_720_641),
-    "auto 32": (32, 512, 2, 0, True, 19_947_539, 21_507_073),
-    "auto 64": (64, 256, 2, 0, True, 22_243_608, 23_407_361),
-    "FFHQ-256": (256, 64, 8, 0, True, 24_767_458, 24_001_089),
-    "FFHQ-1024": (1024, 32, 8, 0, True, 30_370_060, 29_012_513),
-}
-
-
-def count(net: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in net.parameters())
-
-
-@pytest.mark.parametrize(
-    ("side", "width", "layers", "classes", "residual", "generator", "critic"), PUBLISHED.values(), ids=PUBLISHED
-)
-def test_parameter_counts_are_the_published_ones(side, width, layers, classes, residual, generator, critic):
-    shape = (3, side, side)
-    with torch.device("meta"):
-        assert count(Generator(512, shape, width, 512, layers, classes)) == generator
-        assert count(Discriminator(shape, width, 512, classes, residual=residual)) == critic
 
 
 @pytest.fixture(autouse=True)
