@@ -36,6 +36,9 @@ _SIGNS = {
 }
 """Names of tensors that tell layouts apart, to be looked for in this order."""
 
+_T5 = "text_encoders.t5xxl.transformer.shared.weight"
+"""The third text encoder of Stable Diffusion 3, which many files leave out."""
+
 
 def folder(named: str) -> Path | None:
     """The folder of the model that `family.base` names, its path made absolute; None where it names neither a folder,
@@ -84,9 +87,10 @@ def _unpacked(file: Path) -> Path:
         raise RecipeError(f"{where} is no .safetensors file; weights as pickles can run any code.")
     try:
         with safe_open(file, "pt") as opened:
-            kind = layout(set(opened.keys()))
+            names = set(opened.keys())
     except (SafetensorError, OSError) as error:
         raise RecipeError(f"{where} cannot be read ({error}). Fetch it again.") from None
+    kind = layout(names)
     if not kind:
         raise RecipeError(
             f"{where} holds no whole model of Stable Diffusion 1, 2, XL or 3: it has the names of none of them. "
@@ -98,6 +102,8 @@ def _unpacked(file: Path) -> Path:
         options: dict[str, Any] = {"config": str(configs), "local_files_only": True} if configs.is_dir() else {}
         if kind == "sd1":
             options |= {"safety_checker": None, "requires_safety_checker": False}
+        if kind == "sd3" and _T5 not in names:
+            options |= {"text_encoder_3": None, "tokenizer_3": None}
         try:
             with quietly():
                 pipeline = getattr(diffusers(), PIPELINES[kind]).from_single_file(str(file), **options)
