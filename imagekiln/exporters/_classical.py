@@ -1,8 +1,10 @@
 """Pretrained models under the names of their first publication, all parts in one file.
 
-Denoiser and autoencoder are named as in latent diffusion (Rombach et al. 2022, arXiv:2112.10752) and XL (Podell et al.
-2023, arXiv:2307.01952), the first text encoder as in transformers, and the second one of XL as in OpenCLIP, where the
-layers for queries, keys and values are one, and the projection of a whole text is applied from the right, x P.
+Denoiser and autoencoder are named as in latent diffusion (Rombach et al. 2022, arXiv:2112.10752), XL (Podell et al.
+2023, arXiv:2307.01952) and Stable Diffusion 3 (Esser et al. 2024, arXiv:2403.03206), text encoders as in transformers,
+and the second one of XL as in OpenCLIP, where the layers for queries, keys and values are one, and the projection of a
+whole text is applied from the right, x P. In the transformer these layers are one, too, and where a norm is told scale
+and shift alone, the shift comes first.
 
 Tables say what is called otherwise; what they leave out keeps its name.
 """
@@ -56,6 +58,39 @@ LAYER = {
     "mlp.fc2": "mlp.c_proj",
     "self_attn.out_proj": "attn.out_proj",
 }
+JOINT = {
+    "pos_embed.proj": "x_embedder.proj",
+    "pos_embed.pos_embed": "pos_embed",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+JOINT_LAYER = {
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.norm_q": "x_block.attn.ln_q",
+    "attn.norm_k": "x_block.attn.ln_k",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "attn2.norm_q": "x_block.attn2.ln_q",
+    "attn2.norm_k": "x_block.attn2.ln_k",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "attn.to_add_out": "context_block.attn.proj",
+    "attn.norm_added_q": "context_block.attn.ln_q",
+    "attn.norm_added_k": "context_block.attn.ln_k",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+THREE = {
+    "attn.to_{}": "x_block.attn.qkv",
+    "attn2.to_{}": "x_block.attn2.qkv",
+    "attn.add_{}_proj": "context_block.attn.qkv",
+}
+"""Layers for queries, keys and values that are one."""
 
 
 def checkpoint(
@@ -71,6 +106,28 @@ def checkpoint(
     else:
         parts["conditioner.embedders.0.transformer"] = clip(encoders[0])
         parts["conditioner.embedders.1.model"] = open_clip(encoders[1])
+    return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+
+def joint_checkpoint(
+    denoiser: Mapping[str, Tensor], coder: Mapping[str, Tensor], encoders: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """One file of `SD3Transformer2DModel`, `AutoencoderKL`, two `CLIPTextModelWithProjection` and, where it is, T5.
+
+    The first text encoder has no projection there. What it says of a whole text goes into a linear layer, which takes
+    up the projection: W (P x) = (W P) x.
+    """
+    told, projection = "time_text_embed.text_embedder.linear_1.weight", encoders[0]["text_projection.weight"]
+    first, second = denoiser[told].tensor_split([len(projection)], 1)
+    parts = {
+        "model.diffusion_model": transformer({**denoiser, told: torch.cat([first @ projection, second], 1)}),
+        "first_stage_model": autoencoder(coder),
+        "text_encoders.clip_l.transformer": clip(encoders[0]),
+        "text_encoders.clip_g.transformer": clip(encoders[1])
+        | {"text_projection.weight": encoders[1]["text_projection.weight"]},
+    }
+    if len(encoders) > 2:
+        parts["text_encoders.t5xxl.transformer"] = dict(encoders[2])
     return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
 
@@ -117,12 +174,31 @@ def _unet_places(looking: Sequence[bool], blocks: int) -> Iterator[tuple[str, st
             yield f"up_blocks.{level}.attentions.{turn}.", f"output_blocks.{first + turn}.1."
 
 
+def transformer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`SD3Transformer2DModel`."""
+    own, depth = dict(tensors), _levels(tensors, "transformer_blocks.")
+    for name in ("norm_out.linear", f"transformer_blocks.{depth - 1}.norm1_context.linear"):
+        for part in ("weight", "bias"):
+            scale, shift = own[f"{name}.{part}"].chunk(2)
+            own[f"{name}.{part}"] = torch.cat([shift, scale])
+    found, places = {}, [(one, other) for one, other in JOINT.items()]
+    for layer in range(depth):
+        inside, there = f"transformer_blocks.{layer}.", f"joint_blocks.{layer}."
+        places += [(f"{inside}{one}.", f"{there}{other}.") for one, other in JOINT_LAYER.items()]
+        for one, other in THREE.items():
+            for part in ("weight", "bias"):
+                names = [f"{inside}{one.format(asked)}.{part}" for asked in "qkv"]
+                if names[0] in own:
+                    found[f"{there}{other}.{part}"] = torch.cat([own.pop(name) for name in names])
+    return found | _renamed(own, places)
+
+
 # -- autoencoders -----------------------------------------------------------------------------------------------------
 
 
 def autoencoder(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`AutoencoderKL`; its layers of attention are 1x1 convolutions there."""
-    found = _renamed(tensors, list(_coder_places(_levels(tensors, "encoder."))))
+    found = _renamed(tensors, list(_coder_places(_levels(tensors, "encoder.down_blocks."))))
     return {
         name.replace(".conv_shortcut.", ".nin_shortcut."): t[:, :, None, None] if _is_matrix(name, t) else t
         for name, t in found.items()
@@ -176,8 +252,7 @@ def _weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("text_model."): tensor for name, tensor in kept.items()}
 
 
-def _levels(tensors: Mapping[str, Tensor], within: str = "") -> int:
-    start = f"{within}down_blocks."
+def _levels(tensors: Mapping[str, Tensor], start: str = "down_blocks.") -> int:
     return 1 + max(int(name.removeprefix(start).split(".")[0]) for name in tensors if name.startswith(start))
 
 

@@ -5,7 +5,8 @@ of these sizes and fills it. Sizes that it does not take from the file are fixed
 and shapes are exactly those of one of the networks below; what is missing keeps random numbers there, and what differs
 in shape is an error. These rules are stated for what is exported here:
 
-    SD3    a transformer under the names of diffusers, 16 latent channels, patches of 2, as many layers as heads of 64
+    SD3    a transformer under the names of diffusers or of its first publication, 16 latent channels, patches of 2, as
+           many layers as heads of 64
     SD15   a U-Net under the names of its first publication, 4 latent channels, 320 channels at the finest level,
            words of 768 numbers, 8 heads, projections by 1x1 convolutions
     SDXL   the same with words of 2048 numbers, heads of 64, linear projections, told 2816 numbers of the whole text and
@@ -14,9 +15,7 @@ in shape is an error. These rules are stated for what is exported here:
     KL     `AutoencoderKL` under the names of diffusers, 128 channels at the finest level, 2 blocks a level, 8 or 4
            pixels a latent, colour pictures
 
-A whole model in one file holds one of the two U-Nets, the full autoencoder for 4 latent channels under the names of its
-first publication, and the text encoders of that U-Net: for SD15 the smaller one of CLIP, for XL that and the largest of
-OpenCLIP.
+What it makes of a whole model in one file, `_comfyui_whole` tells.
 """
 
 from __future__ import annotations
@@ -37,7 +36,9 @@ UNET_WIDTH, SD15_WORDS = 320, 768
 TINY_WIDTH, TINY_BLOCKS, TINY_LEVELS = 64, 3, 3
 KL_WIDTH, KL_BLOCKS = 128, 2
 KL_LEVELS = {8: (1, 2, 4, 4), 4: (1, 2, 4)}
-TOKENS, PLACES = 49408, 77
+
+LATENTS = {"SD15": (0.18215, 0.0), "SDXL": (0.13025, 0.0), "SD3": (1.5305, 0.0609)}
+"""What it multiplies latents by and what it has taken off before."""
 
 
 class UNet(NamedTuple):
@@ -51,18 +52,10 @@ class UNet(NamedTuple):
     head: int = HEAD
 
 
-class Text(NamedTuple):
-    """Sizes of a text encoder; the width within its layers is four times that of a token."""
-
-    width: int
-    layers: int
-
-
 UNETS = {
     "SD15": UNet(SD15_WORDS, linear=False, heads=8),
     "SDXL": UNet(2048, linear=True, told=2816, depths=(0, 2, 10)),
 }
-TEXTS = {"SD15": (Text(768, 12),), "SDXL": (Text(768, 12), Text(1280, 32))}
 
 
 def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Shape]:
@@ -78,6 +71,8 @@ def denoiser(shapes: Shapes) -> dict[str, Any]:
     """
     if "transformer_blocks.0.attn.add_q_proj.weight" in shapes:
         return _transformer(shapes)
+    if "joint_blocks.0.context_block.attn.qkv.weight" in shapes:
+        return _joint(shapes)
     if "input_blocks.0.0.weight" in shapes:
         return _unet(shapes)
     raise UsageError("ComfyUI would not recognise this file: it has the names of none of the networks it knows.")
@@ -87,13 +82,13 @@ def autoencoder(shapes: Shapes) -> dict[str, Any]:
     """Likewise for a file of an autoencoder: `model`, `channels` of its latents, `factor` pixels a latent."""
     if "taesd_decoder.1.weight" in shapes:
         channels = shapes["taesd_decoder.1.weight"][1]
-        _agree("TAESD", shapes, tiny_shapes(channels))
+        agree("TAESD", shapes, tiny_shapes(channels))
         return {"model": "TAESD", "channels": channels, "factor": 2**TINY_LEVELS}
     if "decoder.up_blocks.0.resnets.0.norm1.weight" in shapes:
         channels = shapes["post_quant_conv.weight"][1]
         deep = "encoder.down_blocks.2.downsamplers.0.conv.weight" in shapes
         factor = 8 if deep else 4
-        _agree("KL", shapes, kl_shapes(factor, shapes["decoder.conv_in.weight"][1], channels))
+        agree("KL", shapes, kl_shapes(factor, shapes["decoder.conv_in.weight"][1], channels))
         return {"model": "KL", "channels": channels, "factor": factor}
     raise UsageError("ComfyUI would not recognise this file: it has the names of none of the autoencoders it knows.")
 
@@ -102,17 +97,37 @@ def autoencoder(shapes: Shapes) -> dict[str, Any]:
 
 
 def _transformer(shapes: Shapes) -> dict[str, Any]:
-    width, channels, patch, _ = shapes["pos_embed.proj.weight"]
+    patches, told = "pos_embed.proj.weight", "time_text_embed.text_embedder.linear_1.weight"
+    sizes = _sizes(shapes, patches, "context_embedder.weight", told, "pos_embed.pos_embed")
+    agree("SD3", shapes, transformer_shapes(*sizes))
+    return _found(sizes)
+
+
+def _joint(shapes: Shapes) -> dict[str, Any]:
+    sizes = _sizes(shapes, "x_embedder.proj.weight", "context_embedder.weight", "y_embedder.mlp.0.weight", "pos_embed")
+    normed = "joint_blocks.0.context_block.attn.ln_q.weight" in shapes
+    alone = [layer for layer in range(sizes[0]) if f"joint_blocks.{layer}.x_block.attn2.qkv.weight" in shapes]
+    agree("SD3", shapes, joint_shapes(*sizes, normed, alone))
+    return _found(sizes)
+
+
+def _sizes(shapes: Shapes, *names: str) -> tuple[int, int, int, int]:
+    """Layers, numbers of a word and of a whole text, places: from the shapes of these weights."""
+    missing = [name for name in names if name not in shapes]
+    if missing:
+        raise UsageError(f"ComfyUI would take this file for SD3 and not load it: {missing[0]} is missing.")
+    (width, channels, patch, _), words, whole, places = (shapes[name] for name in names)
     if channels != SD3_CHANNELS or patch != PATCH:
         raise UsageError(
-            f"ComfyUI would refuse this file: pos_embed.proj.weight has {channels} channels and patches of {patch}; it "
-            f"knows Stable Diffusion 3 with {SD3_CHANNELS} and patches of {PATCH}."
+            f"ComfyUI would refuse this file: {names[0]} has {channels} channels and patches of {patch}; it knows "
+            f"Stable Diffusion 3 with {SD3_CHANNELS} and patches of {PATCH}."
         )
-    depth = width // HEAD
-    words, whole = shapes["context_embedder.weight"][1], shapes["time_text_embed.text_embedder.linear_1.weight"][1]
-    patches = shapes["pos_embed.pos_embed"][1]
-    _agree("SD3", shapes, transformer_shapes(depth, words, whole, patches))
-    return {"model": "SD3", "channels": channels, "depth": depth, "words": words, "whole": whole, "patches": patches}
+    return width // HEAD, words[1], whole[1], places[1]
+
+
+def _found(sizes: tuple[int, int, int, int]) -> dict[str, Any]:
+    known = zip(("depth", "words", "whole", "patches"), sizes, strict=True)
+    return {"model": "SD3", "channels": SD3_CHANNELS, **dict(known)}
 
 
 def transformer_shapes(depth: int, words: int, whole: int, patches: int) -> dict[str, Shape]:
@@ -141,7 +156,42 @@ def transformer_shapes(depth: int, words: int, whole: int, patches: int) -> dict
         for name in ["ff"] if last else ["ff", "ff_context"]:
             linears[f"{within}{name}.net.0.proj"] = (4 * width, width)
             linears[f"{within}{name}.net.2"] = (width, 4 * width)
-    return shapes | _with_biases(linears)
+    return shapes | with_biases(linears)
+
+
+def joint_shapes(
+    depth: int, words: int, whole: int, patches: int, normed: bool = False, alone: Sequence[int] = ()
+) -> dict[str, Shape]:
+    """Every name and shape of the same transformer under the names of its first publication.
+
+    normed: whether queries and keys are normalised. alone: layers in which pictures look at themselves once more.
+    """
+    width = HEAD * depth
+    shapes: dict[str, Shape] = {"pos_embed": (1, patches, width)}
+    linears: dict[str, Shape] = {
+        "x_embedder.proj": (width, SD3_CHANNELS, PATCH, PATCH),
+        "t_embedder.mlp.0": (width, TIME),
+        "t_embedder.mlp.2": (width, width),
+        "y_embedder.mlp.0": (width, whole),
+        "y_embedder.mlp.2": (width, width),
+        "context_embedder": (width, words),
+        "final_layer.adaLN_modulation.1": (2 * width, width),
+        "final_layer.linear": (SD3_CHANNELS * PATCH**2, width),
+    }
+    for layer in range(depth):
+        for side in ("x_block", "context_block"):
+            where, last = f"joint_blocks.{layer}.{side}.", side == "context_block" and layer == depth - 1
+            twice = side == "x_block" and layer in alone
+            linears[f"{where}adaLN_modulation.1"] = ((2 if last else 9 if twice else 6) * width, width)
+            for attention in ("attn", "attn2") if twice else ("attn",):
+                linears[f"{where}{attention}.qkv"] = (3 * width, width)
+                if not last:  # nobody asks what became of the words
+                    linears[f"{where}{attention}.proj"] = (width, width)
+                if normed:
+                    shapes |= {f"{where}{attention}.ln_{one}.weight": (HEAD,) for one in "qk"}
+            if not last:
+                linears |= {f"{where}mlp.fc1": (4 * width, width), f"{where}mlp.fc2": (width, 4 * width)}
+    return shapes | with_biases(linears)
 
 
 # -- the U-Net --------------------------------------------------------------------------------------------------------
@@ -174,7 +224,7 @@ def _unet(shapes: Shapes) -> dict[str, Any]:
             f"ComfyUI would refuse this file: levels of {widths} channels; it knows multiples of {UNET_WIDTH}."
         )
     middle = sum(name.startswith("middle_block.1.") and name.endswith(".attn2.to_k.weight") for name in shapes)
-    _agree(model, shapes, unet_shapes(widths, levels[0][1], depths, middle, known))
+    agree(model, shapes, unet_shapes(widths, levels[0][1], depths, middle, known))
     return {"model": model, "channels": channels, "widths": widths, "words": words}
 
 
@@ -250,7 +300,7 @@ def unet_shapes(
             if level and turn == blocks:
                 linears[f"output_blocks.{place}.{1 + (depths[level] > 0)}.conv"] = (width, width, 3, 3)
             before, place = width, place + 1
-    return shapes | _with_biases(linears)
+    return shapes | with_biases(linears)
 
 
 def _residual_shapes(where: str, before: int, after: int, time: int) -> dict[str, Shape]:
@@ -282,104 +332,6 @@ def _attention_shapes(where: str, width: int, depth: int, known: UNet) -> tuple[
     return linears, bare
 
 
-# -- whole models -----------------------------------------------------------------------------------------------------
-
-
-def checkpoint(shapes: Shapes) -> dict[str, Any]:
-    """The model that ComfyUI takes one file of all parts for: what `denoiser` says of its U-Net.
-
-    Raises:
-        UsageError: it would refuse the file, or leave numbers of the text encoders or of the autoencoder random.
-    """
-    start = "model.diffusion_model."
-    found = denoiser({name.removeprefix(start): shape for name, shape in shapes.items() if name.startswith(start)})
-    rest = {name: shape for name, shape in shapes.items() if not name.startswith(start)}
-    expected = {f"first_stage_model.{name}": shape for name, shape in first_stage_shapes(found["channels"]).items()}
-    texts = TEXTS[found["model"]]
-    if len(texts) == 1:
-        expected |= clip_shapes("cond_stage_model.transformer.", texts[0])
-    else:
-        expected |= clip_shapes("conditioner.embedders.0.transformer.", texts[0])
-        expected |= open_clip_shapes("conditioner.embedders.1.model.", texts[1])
-    _agree(found["model"], rest, expected)
-    return found
-
-
-def clip_shapes(start: str, size: Text) -> dict[str, Shape]:
-    """Every name and shape of a text encoder of CLIP, under the names of transformers."""
-    inside, width = f"{start}text_model.", size.width
-    linears: dict[str, Shape] = {f"{inside}final_layer_norm": (width,)}
-    for layer in range(size.layers):
-        where = f"{inside}encoder.layers.{layer}."
-        linears |= {f"{where}layer_norm1": (width,), f"{where}layer_norm2": (width,)}
-        linears |= {f"{where}self_attn.{name}_proj": (width, width) for name in ("q", "k", "v", "out")}
-        linears |= {f"{where}mlp.fc1": (4 * width, width), f"{where}mlp.fc2": (width, 4 * width)}
-    return _with_biases(linears) | {
-        f"{inside}embeddings.token_embedding.weight": (TOKENS, width),
-        f"{inside}embeddings.position_embedding.weight": (PLACES, width),
-    }
-
-
-def open_clip_shapes(start: str, size: Text) -> dict[str, Shape]:
-    """Every name and shape of a text encoder of OpenCLIP."""
-    width = size.width
-    linears: dict[str, Shape] = {f"{start}ln_final": (width,)}
-    shapes: dict[str, Shape] = {
-        f"{start}token_embedding.weight": (TOKENS, width),
-        f"{start}positional_embedding": (PLACES, width),
-        f"{start}text_projection": (width, width),
-    }
-    for layer in range(size.layers):
-        where = f"{start}transformer.resblocks.{layer}."
-        shapes |= {f"{where}attn.in_proj_weight": (3 * width, width), f"{where}attn.in_proj_bias": (3 * width,)}
-        linears |= {f"{where}ln_1": (width,), f"{where}ln_2": (width,), f"{where}attn.out_proj": (width, width)}
-        linears |= {f"{where}mlp.c_fc": (4 * width, width), f"{where}mlp.c_proj": (width, 4 * width)}
-    return shapes | _with_biases(linears)
-
-
-def first_stage_shapes(channels: int) -> dict[str, Shape]:
-    """Every name and shape of the full autoencoder with 8 pixels a latent, under the names of its first publication."""
-    widths = [KL_WIDTH * times for times in KL_LEVELS[8]]
-    first, last, top = widths[0], widths[-1], len(widths) - 1
-    linears: dict[str, Shape] = {
-        "encoder.conv_in": (first, 3, 3, 3),
-        "encoder.conv_out": (2 * channels, last, 3, 3),
-        "encoder.norm_out": (last,),
-        "quant_conv": (2 * channels, 2 * channels, 1, 1),
-        "post_quant_conv": (channels, channels, 1, 1),
-        "decoder.conv_in": (last, channels, 3, 3),
-        "decoder.conv_out": (3, first, 3, 3),
-        "decoder.norm_out": (first,),
-    }
-
-    def block(where: str, before: int, after: int) -> None:
-        linears.update({f"{where}.norm1": (before,), f"{where}.conv1": (after, before, 3, 3)})
-        linears.update({f"{where}.norm2": (after,), f"{where}.conv2": (after, after, 3, 3)})
-        if before != after:
-            linears[f"{where}.nin_shortcut"] = (after, before, 1, 1)
-
-    for side in ("encoder", "decoder"):
-        for number in (1, 2):
-            block(f"{side}.mid.block_{number}", last, last)
-        linears[f"{side}.mid.attn_1.norm"] = (last,)
-        linears |= {f"{side}.mid.attn_1.{name}": (last, last, 1, 1) for name in ("q", "k", "v", "proj_out")}
-    before = first
-    for level, width in enumerate(widths):
-        for turn in range(KL_BLOCKS):
-            block(f"encoder.down.{level}.block.{turn}", width if turn else before, width)
-        if level < top:
-            linears[f"encoder.down.{level}.downsample.conv"] = (width, width, 3, 3)
-        before = width
-    for level in range(top, -1, -1):
-        width = widths[level]
-        for turn in range(KL_BLOCKS + 1):
-            block(f"decoder.up.{level}.block.{turn}", width if turn else before, width)
-        if level:
-            linears[f"decoder.up.{level}.upsample.conv"] = (width, width, 3, 3)
-        before = width
-    return _with_biases(linears)
-
-
 # -- autoencoders -----------------------------------------------------------------------------------------------------
 
 
@@ -405,7 +357,7 @@ def tiny_shapes(channels: int) -> dict[str, Shape]:
                 linears[f"{name}.{layer}"] = shape
             else:
                 linears |= {f"{name}.{layer}.conv.{part}": wide for part in (0, 2, 4)}
-    shapes = {key: shape for key, shape in _with_biases(linears).items() if key.removesuffix(".bias") not in bare}
+    shapes = {key: shape for key, shape in with_biases(linears).items() if key.removesuffix(".bias") not in bare}
     return shapes | {"vae_scale": (), "vae_shift": ()}
 
 
@@ -425,12 +377,14 @@ def kl_shapes(factor: int, inner: int, channels: int) -> dict[str, Shape]:
     }
 
 
-def _with_biases(linears: Mapping[str, Shape]) -> dict[str, Shape]:
+def with_biases(linears: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Weights of these shapes, and biases of their rows."""
     shapes = {f"{name}.weight": shape for name, shape in linears.items()}
     return shapes | {f"{name}.bias": shape[:1] for name, shape in linears.items()}
 
 
-def _agree(model: str, found: Shapes, expected: Shapes) -> None:
+def agree(model: str, found: Shapes, expected: Shapes) -> None:
+    """Raise `UsageError` unless names and shapes are exactly the expected ones of this model."""
     missing = [name for name in expected if name not in found]
     beyond = [name for name in found if name not in expected]
     other = [name for name in expected if name in found and tuple(found[name]) != expected[name]]

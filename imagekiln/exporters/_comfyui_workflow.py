@@ -2,6 +2,9 @@
 
 Its sampler and its steps are those of the recipe. Levels of noise: "karras" has those of `diffusion.samplers.sigmas`,
 "normal" those of `diffusion.samplers.flow_sigmas`; where training ended in noise alone, "sgm_uniform" begins there.
+
+Stable Diffusion 3 learned with `T5_TOKENS` tokens behind those of CLIP: what T5 says, or zeros. ComfyUI has as few as
+77 of T5, and none without it. A node sets how many T5 is given; zeros come 77 at a time, so there are 231 and not 256.
 """
 
 from __future__ import annotations
@@ -13,8 +16,12 @@ from typing import Any
 from imagekiln.engine import bases
 from imagekiln.exporters import _folder
 from imagekiln.nets.adapters import Adapters, NewWord
+from imagekiln.nets.pretrained import T5_TOKENS
 
 FILE = "workflow.json"
+CLIP_TOKENS = 77
+"""Tokens that a node for words gives at a time."""
+
 ANSWERS = {"eps": "eps", "v": "v_prediction", "x": "x0"}
 """What `ModelSamplingDiscrete` calls what a network answers."""
 
@@ -26,6 +33,22 @@ def write(family: Any, prompts: Sequence[str], path: Path, out: Path) -> str:
     if isinstance(family.tuned, Adapters | NewWord):
         use += " Choose the model it was learned from in *Load Checkpoint*."
     return use
+
+
+def limits(base: Any) -> list[str]:
+    """What the graph does not do as training did, and what others do not do without it; sentences."""
+    if base.kind != "sd3":
+        return []
+    if len(base.encoders) > 2:
+        return [
+            f"It learned with {T5_TOKENS} tokens of T5, which the node *T5TokenizerOptions* of the workflow sets; "
+            "without it ComfyUI takes fewer and draws something else."
+        ]
+    zeros = T5_TOKENS // CLIP_TOKENS * CLIP_TOKENS
+    return [
+        f"It learned with {T5_TOKENS} zeros behind the words, and ComfyUI's nodes can set {zeros} there, as the "
+        "workflow does: its pictures are not quite those compared here. Without these nodes they differ more."
+    ]
 
 
 def graph(family: Any, prompt: str, path: Path) -> dict[str, Any]:
@@ -55,10 +78,20 @@ def graph(family: Any, prompt: str, path: Path) -> dict[str, Any]:
     elif base.noise.target != "eps" or ending:
         model = [node("ModelSamplingDiscrete", model=model, sampling=ANSWERS[base.noise.target], zsnr=ending), 0]
         sampled["scheduler"] = "sgm_uniform" if ending else "karras"
+    if base.kind == "sd3" and len(base.encoders) > 2:
+        clip = [node("T5TokenizerOptions", clip=clip, min_padding=0, min_length=T5_TOKENS), 0]
     positive = [node("CLIPTextEncode", text=prompt, clip=clip), 0]
     negative = [node("CLIPTextEncode", text=sample.negative_prompt, clip=clip), 0]
     if base.silent_when_empty and not sample.negative_prompt:  # it learned zeros for the empty text
         negative = [node("ConditioningZeroOut", conditioning=negative), 0]
+    if base.kind == "sd3" and len(base.encoders) < 3:
+        zeros = behind = [node("ConditioningZeroOut", conditioning=negative), 0]
+        for _ in range(T5_TOKENS // CLIP_TOKENS - 1):
+            behind = [node("ConditioningConcat", conditioning_to=behind, conditioning_from=zeros), 0]
+        positive, negative = (
+            [node("ConditioningConcat", conditioning_to=words, conditioning_from=behind), 0]
+            for words in (positive, negative)
+        )
     _, rows, columns = family.picture_shape
     empty = "EmptyLatentImage" if betas is not None else "EmptySD3LatentImage"
     start = [node(empty, width=columns, height=rows, batch_size=1), 0]

@@ -78,6 +78,7 @@ def write(model: Model, out: Path, to: Literal["diffusers", "comfyui"]) -> dict[
         use = f"{_comfyui_workflow.write(family, model.prompts, path, out)}\n\n{use}".strip()
     limits = [f"It belongs to the model it was learned from ({base}); with others it draws something else."]
     limits = limits if isinstance(family.tuned, Adapters | NewWord) else []
+    limits += _comfyui_workflow.limits(family.base) if to == "comfyui" else []
     write_card(model, out, use, [said], limits)
     return {
         "format": to,
@@ -219,7 +220,7 @@ def _opening(family: Any, name: str, path: Path) -> str:
     if _is_checkpoint(family, path):
         return _checkpoint.example(family, name, path)
     folder = str(path) if path.is_dir() else family.base.folder
-    absent = "".join(f", {part}=None" for part in _absent(family.base))
+    absent = "".join(f", {part}=None" for part in _checkpoint.absent(family.base))
     return f"pipeline = {name}.from_pretrained({folder!r}{absent})\n"
 
 
@@ -231,11 +232,6 @@ def _diffusers_name(base: Any, network: str) -> str:
     if network == "denoiser":
         return "transformer" if base.kind == "sd3" else "unet"
     return f"text_encoder{network.removeprefix('text')}"
-
-
-def _absent(base: Any) -> tuple[str, ...]:
-    """Parts that a stock pipeline must be told are not there."""
-    return ("text_encoder_3", "tokenizer_3") if base.kind == "sd3" and len(base.encoders) < 3 else ()
 
 
 # -- the proof --------------------------------------------------------------------------------------------------------
@@ -314,7 +310,7 @@ def _loaded(family: Any, path: Path, out: Path) -> Any:
 
 
 def _pipeline(family: Any, folder: str, out: Path) -> Any:
-    library, absent = _folder.library(out), dict.fromkeys(_absent(family.base))
+    library, absent = _folder.library(out), dict.fromkeys(_checkpoint.absent(family.base))
     with quietly():  # the class is only imported now, and what it imports has remarks
         kind = getattr(library, PIPELINES[family.base.kind])
         pipeline = kind.from_pretrained(folder, local_files_only=True, **absent).to(torch.float32)

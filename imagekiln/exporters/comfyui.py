@@ -52,9 +52,6 @@ TOLERANCE = 1e-4
 WORDS, WHOLE = 4096, 2048
 """Numbers a token and numbers of a whole text that ComfyUI's own nodes give to Stable Diffusion 3."""
 
-LATENTS = {"SD3": (1.5305, 0.0609), "SD15": (0.18215, 0.0)}
-"""What ComfyUI multiplies latents by and what it has taken off before."""
-
 PIXELS_A_LATENT = 8
 """What its nodes for empty latents divide sides by, whatever the autoencoder does."""
 
@@ -109,7 +106,7 @@ def _write_text_to_picture(model: Model, out: Path) -> dict[str, Any]:
     net = _pipelines.network_of(model)
     tensors = _comfyui_tensors.transformer(net, words, whole) if flow else _comfyui_tensors.unet(net, words)
     found = _comfyui_rules.denoiser(_comfyui_rules.shapes_of(tensors))  # before anything is written
-    factor, lower = LATENTS[kind]
+    factor, lower = _comfyui_rules.LATENTS[kind]
     gain = factor * family.codec.scale
     vae = out / "models" / _coder.FOLDER / f"{name}.safetensors"
     coder, decoded = _write_autoencoder(

@@ -9,6 +9,7 @@ import torch
 
 from imagekiln.nets import pretrained
 from imagekiln.nets.libraries import diffusers as library
+from imagekiln.nets.libraries import transformers
 
 
 def xl_unet(
@@ -41,8 +42,45 @@ def full_autoencoder(widths: tuple[int, ...], **given: Any) -> Any:
     )
 
 
-def write_whole_base(folder: Path, kind: str) -> Path:
-    """One whose levels, blocks and encoders are of the kinds that "sd1" and "sdxl" were published with, but narrow."""
+def joint_transformer(layers: int, head: int, words: int, whole: int, **given: Any) -> Any:
+    """A transformer of the kind that Stable Diffusion 3 was published with. words, whole: as of `xl_unet`."""
+    return library().SD3Transformer2DModel(
+        num_layers=layers,
+        num_attention_heads=layers,
+        attention_head_dim=head,
+        caption_projection_dim=layers * head,
+        joint_attention_dim=words,
+        pooled_projection_dim=whole,
+        in_channels=16,
+        out_channels=16,
+        **given,
+    )
+
+
+def third_encoder(layers: int, width: int, inner: int, heads: int, head: int, tokens: int) -> Any:
+    """T5's encoder, as Stable Diffusion 3 has it."""
+    sizes = {"num_layers": layers, "d_model": width, "d_ff": inner, "num_heads": heads, "d_kv": head}
+    config = transformers().T5Config(**sizes, vocab_size=tokens, feed_forward_proj="gated-gelu")
+    return transformers().T5EncoderModel(config)
+
+
+def joint_base(third: bool) -> dict[str, Any]:
+    """Parts of Stable Diffusion 3, narrow. third: with T5."""
+    found: dict[str, Any] = {"text_encoder_3": None, "tokenizer_3": None}
+    if third:
+        found["tokenizer_3"] = transformers().T5TokenizerFast()
+        found["text_encoder_3"] = third_encoder(2, 96, 24, 2, 8, len(found["tokenizer_3"]))
+    found["transformer"] = joint_transformer(2, 16, 96, 80, sample_size=4, pos_embed_max_size=16)
+    scales = {"scaling_factor": 1.5305, "shift_factor": 0.0609}
+    bare = {"use_quant_conv": False, "use_post_quant_conv": False}
+    found["vae"] = full_autoencoder((32, 64, 128, 128), latent_channels=16, **scales, **bare)
+    found["scheduler"] = library().FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return found
+
+
+def write_whole_base(folder: Path, kind: str, third: bool = False) -> Path:
+    """One whose levels, blocks and encoders are of the kinds that "sd1", "sdxl" and "sd3" were published with, but
+    narrow. third: with the third encoder of "sd3"."""
     diffusers, parts = library(), pretrained.random_parts(kind)
     torch.manual_seed(2)
     given = {"layers_per_block": 2, "sample_size": 4}
@@ -60,11 +98,13 @@ def write_whole_base(folder: Path, kind: str) -> Path:
         first, sizes = parts["text_encoder"].config, {"hidden_size": 48, "intermediate_size": 192, "projection_dim": 48}
         sizes |= {"num_hidden_layers": 3, "num_attention_heads": 6, "hidden_act": "gelu"}
         parts["text_encoder_2"] = type(parts["text_encoder_2"])(type(first)(**first.to_dict() | sizes))
+    if kind == "sdxl":
         parts["unet"] = xl_unet((32, 64, 64), heads=(4, 8, 8), layers=(1, 1, 2), words=80, whole=48, **given)
     parts["vae"] = full_autoencoder((32, 64, 128, 128), scaling_factor=0.5)
     parts["scheduler"] = diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
     )
+    parts |= joint_base(third) if kind == "sd3" else {}
     getattr(diffusers, pretrained.PIPELINES[kind])(**parts).save_pretrained(folder)
     return folder
 
