@@ -155,7 +155,7 @@ def test_losses_against_their_formulas() -> None:
 
     lesson = Lesson(student, gaussian(path), judge)
     torch.manual_seed(3)
-    noise, _, _ = torch.randn_like(x), torch.randint(1, ()), torch.randint(1, ())
+    noise, _, _ = torch.randn_like(x), torch.multinomial(torch.ones(1), 1), torch.randint(1, ())
     one, other = torch.randn_like(x), torch.randn_like(x)
     z = noise * 2 / 3  # b of the flow at sigma 2
     y = 0.3 * z + 0.1
