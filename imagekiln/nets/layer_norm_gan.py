@@ -18,8 +18,9 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, layer_norm, relu
 
+from imagekiln.nets import resnet_gan
 from imagekiln.nets.labels import LabelEmbedding
-from imagekiln.nets.resnet_gan import Grow, convolution, doublings
+from imagekiln.nets.resnet_gan import convolution, doublings
 
 WIDEST = 8
 """Channels of the coarsest maps, in units of `width`."""
@@ -40,7 +41,7 @@ class Shrink(nn.Module):
         return avg_pool2d(h_BCHW, 2) + self.shortcut(avg_pool2d(x_BCHW, 2))
 
 
-class Generator(nn.Module):
+class Generator(resnet_gan.Generator):
     """From latent vectors to pictures.
 
     z_dim: latent dimensions Z. image_shape: (C, H, W). width: channels next to the picture. num_classes: 0 for a
@@ -52,24 +53,8 @@ class Generator(nn.Module):
     """
 
     def __init__(self, z_dim: int, image_shape: tuple[int, int, int], width: int, num_classes: int = 0) -> None:
-        super().__init__()
-        count, self.base = doublings(image_shape)
-        channels = _widths(width, count)[::-1]
-        self.project = nn.Linear(z_dim, channels[0] * math.prod(self.base))
-        self.blocks = nn.ModuleList(
-            Grow(before, after, num_classes, bias=False) for before, after in pairwise(channels)
-        )
-        self.last_norm = nn.BatchNorm2d(width)
-        self.last = convolution(width, image_shape[0], gain=1.0)
-        nn.init.xavier_uniform_(self.project.weight)
-        nn.init.zeros_(self.project.bias)
-
-    def forward(self, z_BZ: Tensor, labels_B: Tensor | None = None) -> Tensor:
-        """images_BCHW in [-1, 1] from standard normal z_BZ. labels_B: int64, -1 = anything; None = all of them -1."""
-        x_BCHW = self.project(z_BZ).view(len(z_BZ), -1, *self.base)
-        for block in self.blocks:
-            x_BCHW = block(x_BCHW, labels_B)
-        return self.last(relu(self.last_norm(x_BCHW))).tanh()
+        channels = _widths(width, doublings(image_shape)[0])[::-1]
+        super().__init__(z_dim, image_shape, width, num_classes, channels=channels, bias=False)
 
 
 class Discriminator(nn.Module):

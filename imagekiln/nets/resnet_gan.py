@@ -17,6 +17,7 @@ Shapes: B pictures, Z latent dimensions, C channels, H rows, W columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -111,19 +112,29 @@ class Generator(nn.Module):
     """From latent vectors to pictures.
 
     z_dim: latent dimensions Z. image_shape: (C, H, W). width: channels of the blocks, or of the one next to the picture
-    (see above). num_classes: 0 for a generator without labels. Raises `RecipeError` for an impossible size.
+    (see above). num_classes: 0 for a generator without labels. channels: of the maps, coarsest first, instead of those
+    that `width` gives. bias: as for `Grow`. Raises `RecipeError` for an impossible size.
 
     >>> import torch
     >>> Generator(128, (3, 32, 32), width=16)(torch.randn(2, 128)).shape
     torch.Size([2, 3, 32, 32])
     """
 
-    def __init__(self, z_dim: int, image_shape: tuple[int, int, int], width: int, num_classes: int = 0) -> None:
+    def __init__(
+        self,
+        z_dim: int,
+        image_shape: tuple[int, int, int],
+        width: int,
+        num_classes: int = 0,
+        *,
+        channels: Sequence[int] = (),
+        bias: bool = True,
+    ) -> None:
         super().__init__()
         count, self.base = doublings(image_shape)
-        channels = [block_channels(image_shape, width, level) for level in reversed(range(count + 1))]
+        channels = channels or [block_channels(image_shape, width, level) for level in reversed(range(count + 1))]
         self.project = nn.Linear(z_dim, channels[0] * self.base[0] * self.base[1])
-        self.blocks = nn.ModuleList(Grow(before, after, num_classes) for before, after in pairwise(channels))
+        self.blocks = nn.ModuleList(Grow(before, after, num_classes, bias=bias) for before, after in pairwise(channels))
         self.last_norm = nn.BatchNorm2d(channels[-1])
         self.last = convolution(channels[-1], image_shape[0], gain=1.0)
         nn.init.xavier_uniform_(self.project.weight)
