@@ -84,11 +84,26 @@ class VaeEncoder(nn.Module):
         x_BCHW = self.blocks[0](x_BCHW)
         for down, block in zip(self.downs, self.blocks[1:], strict=True):
             x_BCHW = block(down(x_BCHW))
-        mean_BZ, logvar_BZ = self.head(group_norm_silu(x_BCHW, self.norm).flatten(1)).chunk(2, dim=1)
-        return mean_BZ, logvar_BZ.clamp(*LOGVAR_RANGE)
+        return _posterior(self.head(group_norm_silu(x_BCHW, self.norm).flatten(1)))
 
 
-class VaeDecoder(nn.Module):
+class _Decoder(nn.Module):
+    """What decoders begin with: z, and beside it what the label says, becomes the coarsest map."""
+
+    def __init__(self, start: tuple[int, ...], z_dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.start = start
+        self.labels = LabelEmbedding(num_classes, LABEL_WIDTH) if num_classes else None
+        self.stem = nn.Linear(z_dim + (LABEL_WIDTH if num_classes else 0), math.prod(start))
+
+    def coarsest(self, z_BZ: Tensor, labels_B: Tensor | None) -> Tensor:
+        """(B, *start)."""
+        if self.labels is not None:
+            z_BZ = cat([z_BZ, self.labels(labels_B, len(z_BZ))], dim=1)
+        return self.stem(z_BZ).unflatten(1, self.start)
+
+
+class VaeDecoder(_Decoder):
     """From z to the mean picture: the encoder in reverse. Arguments as for `VaeEncoder`.
 
     >>> import torch
@@ -97,13 +112,10 @@ class VaeDecoder(nn.Module):
     """
 
     def __init__(self, image_shape: tuple[int, int, int], width: int, z_dim: int, num_classes: int = 0) -> None:
-        super().__init__()
         shapes = pyramid(image_shape, width)[::-1]
+        super().__init__(shapes[0], z_dim, num_classes)
         channels = [*(shape[0] for shape in shapes), max(width // 2, 8)]
-        self.start = shapes[0]
         self.sizes = [*(shape[1:] for shape in shapes[1:]), image_shape[1:]]
-        self.labels = LabelEmbedding(num_classes, LABEL_WIDTH) if num_classes else None
-        self.stem = nn.Linear(z_dim + (LABEL_WIDTH if num_classes else 0), math.prod(self.start))
         self.blocks = nn.ModuleList(_Residual(count) for count in channels[:-1])
         self.ups = nn.ModuleList(nn.Conv2d(before, after, 3, padding=1) for before, after in pairwise(channels))
         self.norm = _norm(channels[-1])
@@ -111,9 +123,7 @@ class VaeDecoder(nn.Module):
 
     def forward(self, z_BZ: Tensor, labels_B: Tensor | None = None) -> Tensor:
         """images_BCHW in [-1, 1]: the mean of the Gaussian over pictures. labels_B as for the encoder."""
-        if self.labels is not None:
-            z_BZ = cat([z_BZ, self.labels(labels_B, len(z_BZ))], dim=1)
-        x_BCHW = self.stem(z_BZ).unflatten(1, self.start)
+        x_BCHW = self.coarsest(z_BZ, labels_B)
         for block, up, size in zip(self.blocks, self.ups, self.sizes, strict=True):
             x_BCHW = up(upsample_nearest(block(x_BCHW), size))
         return self.head(group_norm_silu(x_BCHW, self.norm)).tanh()
@@ -145,11 +155,10 @@ class ConvEncoder(nn.Module):
             if level == 0 and self.labels is not None:
                 x_BCHW = x_BCHW + self.labels(labels_B, len(x_BCHW))[:, :, None, None]
             x_BCHW = leaky_relu(norm(x_BCHW))
-        mean_BZ, logvar_BZ = self.head(x_BCHW.flatten(1)).chunk(2, dim=1)
-        return mean_BZ, logvar_BZ.clamp(*LOGVAR_RANGE)
+        return _posterior(self.head(x_BCHW.flatten(1)))
 
 
-class ConvDecoder(nn.Module):
+class ConvDecoder(_Decoder):
     """From z to the mean picture: `ConvEncoder` in reverse, with one more convolution at the end.
 
     >>> import torch
@@ -158,13 +167,10 @@ class ConvDecoder(nn.Module):
     """
 
     def __init__(self, image_shape: tuple[int, int, int], width: int, z_dim: int, num_classes: int = 0) -> None:
-        super().__init__()
         shapes = _conv_pyramid(image_shape, width)[::-1]
+        super().__init__(shapes[0], z_dim, num_classes)
         channels = [*(shape[0] for shape in shapes), width]
-        self.start = shapes[0]
         sizes = [*(shape[1:] for shape in shapes), image_shape[1:]]
-        self.labels = LabelEmbedding(num_classes, LABEL_WIDTH) if num_classes else None
-        self.stem = nn.Linear(z_dim + (LABEL_WIDTH if num_classes else 0), math.prod(self.start))
         self.convs = nn.ModuleList(
             nn.ConvTranspose2d(before, after, 3, 2, 1, output_padding=_missing(*around))
             for (before, after), around in zip(pairwise(channels), pairwise(sizes), strict=True)
@@ -174,9 +180,7 @@ class ConvDecoder(nn.Module):
 
     def forward(self, z_BZ: Tensor, labels_B: Tensor | None = None) -> Tensor:
         """images_BCHW in [-1, 1]: the mean of the Gaussian over pictures. labels_B as for the encoder."""
-        if self.labels is not None:
-            z_BZ = cat([z_BZ, self.labels(labels_B, len(z_BZ))], dim=1)
-        x_BCHW = self.stem(z_BZ).unflatten(1, self.start)
+        x_BCHW = self.coarsest(z_BZ, labels_B)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x_BCHW = leaky_relu(norm(conv(x_BCHW)))
         return self.head(x_BCHW).tanh()
@@ -250,6 +254,12 @@ class GridDecoder(nn.Module):
         for up in self.ups:
             x_BCHW = up(relu(x_BCHW))
         return x_BCHW
+
+
+def _posterior(numbers_BM: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean_BZ, logvar_BZ) of twice as many numbers, M = 2 Z."""
+    mean_BZ, logvar_BZ = numbers_BM.chunk(2, dim=1)
+    return mean_BZ, logvar_BZ.clamp(*LOGVAR_RANGE)
 
 
 def _conv_pyramid(image_shape: tuple[int, int, int], width: int) -> list[tuple[int, int, int]]:
