@@ -14,7 +14,8 @@ digits     Three of scikit-learn's digits as the three colours of an 8x8 picture
 
 Every family takes the same number of generator steps with pictures without labels; one that needs labels is told the
 row of the grid, or the first digit. Counted is what the last averaged weights draw. What other real pictures score is
-written beside. The same command continues what was interrupted, and nothing is trained twice.
+written beside. The same command continues what was interrupted, and nothing is trained twice; a run in which the
+doctor did not act is the one without it.
 """
 
 from __future__ import annotations
@@ -306,15 +307,33 @@ def trainer_of(recipe: Recipe, toy: Toy, folder: Path) -> Trainer:
     return Trainer(recipe, family, source, held_out, run, Logbook(run, folder.name))
 
 
-def outcome(options: argparse.Namespace, toy: str, family: str, doctor: str, seed: int) -> dict[str, float]:
-    """What one training covers; kept in a file, so that it is trained once."""
+def folder_of(options: argparse.Namespace, toy: str, family: str, doctor: str, seed: int) -> Path:
+    """Where a training is while it lasts; another recipe has another folder."""
     recipe = recipe_of(options, toy, family, doctor, seed)
     key = f"{mix(json.dumps(recipe.model_dump(mode='json'), sort_keys=True), options.n):016x}"[:8]
-    folder = options.out / f"{toy}-{family}-{doctor}-{seed}-{key}"
-    file = folder.with_suffix(".json")
-    if file.is_file():
-        found: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
+    return Path(options.out / f"{toy}-{family}-{doctor}-{seed}-{key}")
+
+
+def kept(options: argparse.Namespace, toy: str, family: str, doctor: str, seed: int) -> dict[str, float] | None:
+    """The outcome of a training that is done."""
+    file = folder_of(options, toy, family, doctor, seed).with_suffix(".json")
+    found: dict[str, float] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return found
+
+
+def outcome(options: argparse.Namespace, toy: str, family: str, doctor: str, seed: int) -> dict[str, float]:
+    """What one training covers; kept in a file, so that it is trained once.
+
+    A doctor that never acted changed nothing, to the last bit: what its run covers holds without a doctor, too.
+    """
+    twin = kept(options, toy, family, "act", seed) if doctor == "off" else None
+    if twin and not twin["acts"]:
+        return twin
+    found = kept(options, toy, family, doctor, seed)
+    if found:
         return found
+    recipe = recipe_of(options, toy, family, doctor, seed)
+    folder = folder_of(options, toy, family, doctor, seed)
     trainer = trainer_of(recipe, TOYS[toy], folder)
     diverged = False
     try:
@@ -333,7 +352,7 @@ def outcome(options: argparse.Namespace, toy: str, family: str, doctor: str, see
         "seconds": our_seconds(trainer.run)["cpu"],
     }
     found = TOYS[toy].judge(images) | facts
-    write_whole(file, json.dumps(found) + "\n")
+    write_whole(folder.with_suffix(".json"), json.dumps(found) + "\n")
     with contextlib.suppress(OSError):  # only the result is of use from now on
         shutil.rmtree(folder)
         folder.with_suffix(".seconds.json").unlink()
@@ -389,7 +408,7 @@ def work(options: argparse.Namespace) -> Path | None:
     real = {toy: TOYS[toy].judge(TOYS[toy].lay(options.n, 2_000_000)[0]) for toy in options.toys}
     for toy in options.toys:
         for family in options.families:
-            for doctor in options.doctors:
+            for doctor in sorted(options.doctors):  # "act" first: where it did nothing, "off" is done, too
                 runs = [outcome(options, toy, family, doctor, seed) for seed in options.seeds]
                 found.setdefault(toy, {}).setdefault(family, {})[doctor] = runs
                 shown = " ".join(f"{run['modes']:.0f}" for run in runs)
@@ -406,6 +425,7 @@ def work(options: argparse.Namespace) -> Path | None:
     notes = [
         f"{options.steps} generator steps each; n pictures of the last averaged weights are counted.",
         "Real pictures: as many other ones of the same toy. Good: see the benchmark's own text.",
+        "A run in which the doctor did not act is the run without it, bit for bit, and was trained once.",
         "A family that needs labels (cgan) is told the row of the grid, or the first digit.",
     ]
     folder = {"folder": options.records} if options.records else {}

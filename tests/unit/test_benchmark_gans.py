@@ -266,7 +266,7 @@ def test_small_toys(
     command += ["--n", "60", "--record", "--records", str(tmp_path / "records")]
     assert toys.main(command) == 0
     results = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").glob("*.json")}
-    assert len(results) == 2 * 2
+    assert len(results) == 2, "the doctor did not act, so the runs without it are the same"
     assert not any(path.is_dir() for path in (tmp_path / "runs").iterdir()), "results and sheets are what stays"
     assert toys.main(command) == 0, "nothing is left to do"
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").glob("*.json")} == results
@@ -305,3 +305,19 @@ def test_a_toy_that_was_stopped_goes_on(toys: ModuleType, tmp_path: Path, monkey
     assert {**parts, "seconds": 0} == {**whole, "seconds": 0}
     pictures = [next((tmp_path / name).glob("*.png")).read_bytes() for name in ("whole", "parts")]
     assert pictures[0] == pictures[1]
+
+
+def test_a_doctor_that_does_not_act_changes_nothing(toys: ModuleType, tmp_path: Path) -> None:
+    """So a run without it need not be trained again."""
+
+    def options(name: str) -> argparse.Namespace:
+        return argparse.Namespace(out=tmp_path / name, steps=8, set=[], n=40)
+
+    outcomes = [toys.outcome(options(doctor), "digits", "dcgan", doctor, 0) for doctor in ("act", "off")]
+    assert {**outcomes[0], "seconds": 0} == {**outcomes[1], "seconds": 0} and not outcomes[0]["acts"]
+    act, off = (next((tmp_path / doctor).glob("*.png")).read_bytes() for doctor in ("act", "off"))
+    assert act == off
+    acted = next((tmp_path / "act").glob("*.json"))
+    acted.write_text(json.dumps({**outcomes[0], "acts": 1}))
+    assert toys.outcome(options("act"), "digits", "dcgan", "off", 0)["acts"] == 0
+    assert len(list((tmp_path / "act").glob("*.json"))) == 2, "where it acted, both are trained"
