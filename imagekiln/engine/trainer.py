@@ -284,9 +284,10 @@ class Trainer:
         for name in self.averages:
             found = self._looked_at(self.inference_twin(name), count)
             row |= {(key if name == next(iter(self.averages)) else f"{key}[{name}]"): v for key, v in found.items()}
-            key = "quality/kernel" if self.family.monitor is None else f"validation/{self.family.monitor}"
-            if key in found:
-                criteria[name] = found[key]
+            if self.family.monitor is None and "quality/coverage" in found:
+                criteria[name] = 1 - found["quality/coverage"]
+            elif f"validation/{self.family.monitor}" in found:
+                criteria[name] = found[f"validation/{self.family.monitor}"]
         self.run.append_stats({"nimg": self.state.nimg, **row})
         self.listener.tick({"nimg": self.state.nimg, "total_nimg": self.total_nimg, **row})
         if criteria:
@@ -303,14 +304,18 @@ class Trainer:
         return {key: value for key, value in found.items() if not math.isnan(value) or key.startswith("validation/")}
 
     def _keep_best(self, criteria: Mapping[str, float]) -> None:
-        """Remember the moment and the average with the lowest value so far, or the last one."""
+        """Remember the moment and the average with the lowest value so far, or the last one.
+
+        A loss ranks moments. Coverage only says which are clearly worse: of the others the latest is kept.
+        """
         average, loss = min(criteria.items(), key=lambda item: (math.isnan(item[1]), item[1]))
         before = self.state.best_loss
         better = before is None or loss < before or math.isnan(before)
         if better:
             self.state.best_loss = loss
         self.state.stale_validations = 0 if better else self.state.stale_validations + 1
-        if better or self.config.choose == "last":
+        near = self.family.monitor is None and before is not None and loss < before + validation.SLACK
+        if better or near or self.config.choose == "last":
             self.state.best_nimg, self.state.best_average = self.state.nimg, average
             self._save_weights()
 

@@ -152,6 +152,22 @@ def test_the_last_moment_is_drawn_with_where_that_is_wanted(tmp_path: Path) -> N
     assert trainer.run.weights().name.startswith(f"{trainer.state.nimg:09d}-")
 
 
+@pytest.mark.parametrize("monitor", [None, "net"])
+def test_of_moments_that_cover_as_much_the_latest_is_kept(
+    monitor: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Coverage is too coarse to rank good moments, and training mostly helps; a loss ranks them."""
+    monkeypatch.setattr(Painter, "monitor", monitor)
+    trainer = made(tmp_path)
+    average, kept = next(iter(trainer.averages)), []
+    for missed in (0.5, 0.10, 0.14, 0.16, 0.12, 0.9):  # 0.16 is near 0.14, and too far from the best
+        trainer.step()
+        trainer._keep_best({average: missed})
+        kept.append(trainer.state.best_nimg // trainer.images_per_step)
+    assert kept == ([1, 2, 3, 3, 5, 5] if monitor is None else [1, 2, 2, 2, 2, 2])
+    assert trainer.state.best_loss == 0.10 and trainer.state.stale_validations == 4
+
+
 def test_without_a_loss_that_ranks_the_pictures_choose_moment_and_average(tmp_path: Path) -> None:
     trainer = made(tmp_path)
     trainer.step()
@@ -162,6 +178,7 @@ def test_without_a_loss_that_ranks_the_pictures_choose_moment_and_average(tmp_pa
     assert first == trainer.state.nimg and trainer.state.best_average == "exponential-1000"
     row = trainer.run.stats()[-1]
     assert row["quality/kernel"] < row["quality/kernel[exponential-0.01]"]
+    assert row["quality/coverage"] > row["quality/coverage[exponential-0.01]"]
     trainer.step()
     for average in trainer.averages.values():
         for tensor in average.state_dict().values():
