@@ -314,7 +314,7 @@ class Trainer:
         if better:
             self.state.best_loss = loss
         self.state.stale_validations = 0 if better else self.state.stale_validations + 1
-        near = self.family.monitor is None and before is not None and loss < before + validation.SLACK
+        near = self.family.monitor is None and before is not None and self.validation.as_much(1 - loss, 1 - before)
         if better or near or self.config.choose == "last":
             self.state.best_nimg, self.state.best_average = self.state.nimg, average
             self._save_weights()

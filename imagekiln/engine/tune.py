@@ -337,7 +337,7 @@ class _Race:
 
 
 def ranked_by(family: str) -> str:
-    """The name of the number a family's runs are ranked by, as the trainer does: lower is better."""
+    """The name of the number a family's runs are ranked by: lower is better."""
     monitor = registry.load(family).monitor
     return "quality/kernel" if monitor is None else f"validation/{monitor}"
 

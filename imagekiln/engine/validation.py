@@ -34,10 +34,6 @@ MOST_DRAWN, FEWEST_DRAWN = 512, 192
 SHARE = 0.04
 """Of the training's cost that drawing pictures to look at may take."""
 
-SLACK = 0.05
-"""How much less of the held-out pictures a later moment may cover and still be the one to draw with. It is two standard
-errors of the difference of two coverages of 0.8, of 512 pictures; a collapse costs many times as much."""
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -96,6 +92,12 @@ class Validation:
             images = draw(family, seeds, wanted, batch=BATCH)
         drawn = Statistics.of(extract(network, (to_float(part) for part in images.split(BATCH))))
         return {"kernel": KernelDistance()(drawn, real), "coverage": Coverage()(drawn, real)}
+
+    def as_much(self, coverage: float, best: float) -> bool:
+        """Whether a coverage may be as high as the best one: it is higher, or at most two standard errors of the
+        difference of two shares, of as many held-out pictures, below it."""
+        shared = (coverage + best) / 2
+        return best - coverage <= 2 * math.sqrt(2 * shared * (1 - shared) / min(len(self.source), IMAGES))
 
     @torch.inference_mode()
     def pairs(self, family: Family, count: int, columns: int) -> Tensor:

@@ -160,12 +160,21 @@ def test_of_moments_that_cover_as_much_the_latest_is_kept(
     monkeypatch.setattr(Painter, "monitor", monitor)
     trainer = made(tmp_path)
     average, kept = next(iter(trainer.averages)), []
-    for missed in (0.5, 0.10, 0.14, 0.16, 0.12, 0.9):  # 0.16 is near 0.14, and too far from the best
+    for missed in (0.5, 0.10, 0.13, 0.16, 0.12, 0.9):  # 0.16 is near 0.13, and too far from the best
         trainer.step()
         trainer._keep_best({average: missed})
         kept.append(trainer.state.best_nimg // trainer.images_per_step)
     assert kept == ([1, 2, 3, 3, 5, 5] if monitor is None else [1, 2, 2, 2, 2, 2])
     assert trainer.state.best_loss == 0.10 and trainer.state.stale_validations == 4
+
+
+def test_coverages_are_told_apart_by_two_standard_errors(tmp_path: Path) -> None:
+    """Of 300 pictures: that of the difference of two shares near 0.8 is 0.033, near 0.02 it is 0.011."""
+    validation = made(tmp_path).validation
+    assert len(validation.source) == 300
+    assert validation.as_much(0.74, 0.8) and not validation.as_much(0.73, 0.8)
+    assert validation.as_much(0.03, 0.04) and not validation.as_much(0.0, 0.04), "a collapse of a poor model"
+    assert validation.as_much(1.0, 1.0) and validation.as_much(0.9, 0.8) and not validation.as_much(0.98, 1.0)
 
 
 def test_without_a_loss_that_ranks_the_pictures_choose_moment_and_average(tmp_path: Path) -> None:
