@@ -235,10 +235,20 @@ def _sentence(error: ValidationError, model: type[BaseModel], where: str) -> str
     key = ".".join([where, *path] if where else path)
     more = f" ({error.error_count() - 1} more after this one.)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        return f"{key}: no such setting. {did_you_mean(path[-1], _fields(model, path[:-1]))}{more}"
+        return f"{key}: no such setting. {_known(model, where, path)}{more}"
     if first["type"] == "missing":
         return f"{key}: this setting is missing.{more}"
     return f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}.{more}"
+
+
+def _known(model: Any, where: str, path: list[str]) -> str:
+    """Which settings there are instead: one of this name in a section of the section, or what is spelt like it."""
+    *parents, last = path
+    fields = _fields(model, parents)
+    for section in fields:
+        if last in _fields(model, [*parents, section]):
+            return f"Did you mean '{'.'.join([*filter(None, [where]), *parents, section, last])}'?"
+    return did_you_mean(last, fields)
 
 
 def _fields(model: Any, path: list[str]) -> list[str]:

@@ -110,11 +110,12 @@ class Outer(Section):
     ("values", "words_said"),
     [
         ({"count": 1, "inner": {"dpth": 2}}, "where.inner.dpth: no such setting. Did you mean 'depth'"),
+        ({"count": 1, "depth": 2}, "where.depth: no such setting. Did you mean 'where.inner.depth'"),
         ({}, "where.count: this setting is missing"),
         ({"count": "x"}, "where.count = 'x'"),
         ({"count": "x", "inner": {"depth": "y"}}, "1 more after this one"),
     ],
-    ids=["unknown", "missing", "wrong type", "two"],
+    ids=["unknown", "in a section", "missing", "wrong type", "two"],
 )
 def test_sentences(values: dict, words_said: str) -> None:
     with pytest.raises(RecipeError, match=words_said):
