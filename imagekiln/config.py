@@ -115,6 +115,27 @@ class AugmentConfig(Section):
     largest: float = Field(0.8, gt=0, lt=1, description="largest p, and the last one of a ramp; near 1 changes leak")
 
 
+class StabilizeCriticConfig(Section):
+    """What keeps a critic from being too sure (`imagekiln.nets.stabilizers.Stabilizers`); nothing is on unless told."""
+
+    instance_noise: float = Field(0.0, ge=0, description="deviation of noise on all pictures, fades to 0 (try 0.1)")
+    lecam: float = Field(0.0, ge=0, description="weight of the LeCam penalty (try 0.3); 0 = none")
+    consistency: float = Field(
+        0.0, ge=0, description="weight of giving mirrored and shifted pictures the same answer (try 10); 0 = none"
+    )
+
+
+class StabilizeConfig(StabilizeCriticConfig):
+    """The same of a discriminator, whose answer is a choice between two labels; a Wasserstein critic has none."""
+
+    label_noise: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="share of pairs whose real picture is called fake and the fake real (try 0.05; not Wasserstein)",
+    )
+
+
 class LangevinConfig(Section):
     """Langevin diffusion of some modules' weights: D = temperature / number of training pictures."""
 

@@ -9,7 +9,7 @@ these, with biases and a discriminator without normalisation, are the convolutio
 (embedding beside z in the generator, projection in the discriminator: Miyato and Koyama 2018), and a discriminator that
 answers logits, so that every adversarial loss can be used with it.
 
-Shapes: B pictures, Z latent dimensions, C channels, H rows, W columns.
+Shapes: B pictures, Z latent dimensions, C channels, H rows, W columns, F features.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, cat, nn
 
 from imagekiln.errors import RecipeError
 from imagekiln.nets.labels import LabelEmbedding
+from imagekiln.nets.stabilizers import MinibatchDiscrimination
 
 Kernel = Literal[4, 5]
 """Height and width of the convolutions that double or halve."""
@@ -102,7 +103,8 @@ class Discriminator(nn.Module):
     """From pictures to one logit each: positive for "real".
 
     normalised: False leaves out batch normalisation, so that no picture influences another's logit and gradients can be
-    penalised. Other arguments as for `Generator`.
+    penalised. minibatch_kernels: numbers about the rest of the batch that the last layer sees as well
+    (`MinibatchDiscrimination`), 0 for none; not together with penalties. Other arguments as for `Generator`.
 
     >>> import torch
     >>> Discriminator((3, 32, 32), num_classes=10)(torch.zeros(2, 3, 32, 32), torch.tensor([7, -1])).shape
@@ -118,6 +120,7 @@ class Discriminator(nn.Module):
         kernel: Kernel = 4,
         bias: bool = False,
         normalised: bool = True,
+        minibatch_kernels: int = 0,
     ) -> None:
         super().__init__()
         count, base = halvings(image_shape)
@@ -128,6 +131,10 @@ class Discriminator(nn.Module):
             layers += [_halve(before, after, kernel, bias), *norm, nn.LeakyReLU(0.2)]
         self.main = nn.Sequential(*layers, nn.Conv2d(channels[-1], 1, base, bias=bias))
         self.labels = LabelEmbedding(num_classes, channels[-1]) if num_classes else None
+        self.minibatch = None
+        if minibatch_kernels:
+            self.minibatch = MinibatchDiscrimination(channels[-1] * math.prod(base), minibatch_kernels)
+            self.nearness = nn.Linear(minibatch_kernels, 1, bias=False)
         self.apply(_initialise)
 
     def forward(self, images_BCHW: Tensor, labels_B: Tensor | None = None) -> Tensor:
@@ -136,7 +143,18 @@ class Discriminator(nn.Module):
         logits_B = self.main[-1](features_BCHW).flatten()
         if self.labels is not None:
             logits_B = logits_B + (self.labels(labels_B, len(logits_B)) * features_BCHW.sum(dim=(2, 3))).sum(dim=1)
+        if self.minibatch is not None:
+            logits_B = logits_B + self.nearness(self.minibatch.nearness(features_BCHW.flatten(1))).flatten()
         return logits_B
+
+    def features(self, images_BCHW: Tensor, labels_B: Tensor | None = None) -> Tensor:
+        """features_BF, of which the logit (but for minibatch discrimination) is a linear function: the last maps and,
+        with labels, the summands of the projection. Arguments as for `forward`."""
+        features_BCHW = self.main[:-1](images_BCHW)
+        if self.labels is None:
+            return features_BCHW.flatten(1)
+        label_BC = self.labels(labels_B, len(features_BCHW))
+        return cat([features_BCHW.flatten(1), label_BC * features_BCHW.sum(dim=(2, 3))], dim=1)
 
 
 def _norm_relu(channels: int) -> tuple[nn.Module, nn.Module]:

@@ -1,5 +1,6 @@
 """Stabilizers of adversarial training besides penalties and augmentation: small things that any game may use.
 
+`Stabilizers` puts those that a recipe turns on into their places; each of them is a function of its own.
 Each keeps the discriminator from being too sure, or too blind. Tseng et al. 2021 (arXiv:2104.03310) LeCam; Zhang et al.
 2020 (arXiv:1910.12027) and Zhao et al. 2021 (arXiv:2002.04724) consistency; Salimans et al. 2016 (arXiv:1606.03498)
 feature matching and minibatch discrimination; Sonderby et al. 2017 (arXiv:1610.04490) and Arjovsky & Bottou 2017
@@ -11,13 +12,17 @@ Shapes: B pictures, C channels, H rows, W columns, F features, K kernels, D dime
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from imagekiln.config import StabilizeConfig, StabilizeCriticConfig
 from imagekiln.errors import UsageError
+from imagekiln.nets.adversarial import Critic
+from imagekiln.nets.augmentation import blit
 
 Scheme = Literal["orthogonal", "normal", "xavier", "he"]
 
@@ -34,6 +39,8 @@ class LeCam(nn.Module):
     Answers to real pictures are pulled to where fakes have been and the other way round, so the discriminator cannot
     drive them apart; for the Wasserstein loss it bounds a LeCam divergence. Without its weight (try 0.3).
     Called in training mode, it first moves the averages towards this batch; they start as the first batch's means.
+    A number added to all answers is added to the averages as well, so that games in which only differences of answers
+    count (Wasserstein, relativistic) are not given an anchor.
 
     >>> lecam = LeCam()
     >>> float(lecam(torch.tensor([1.0, 3.0]), torch.tensor([-1.0, -1.0])))
@@ -83,7 +90,8 @@ def exchange_labels(on_real_B: Tensor, on_fake_B: Tensor, share: float) -> tuple
     """Answers with some pairs exchanged, which is to call those real pictures fake and those fakes real.
 
     share: probability of an exchange, for every pair by position; at most a few percent are of use. Works with any loss
-    of the critic. Both inputs have the same shape; with a share of 0 nothing is drawn.
+    of the critic, but with a linear one (Wasserstein) does no more than shrink it to 1 - 2 share. Both inputs have the
+    same shape; with a share of 0 nothing is drawn.
 
     >>> [part.tolist() for part in exchange_labels(torch.ones(2), torch.zeros(2), share=1.0)]
     [[0.0, 0.0], [1.0, 1.0]]
@@ -125,10 +133,14 @@ class MinibatchDiscrimination(nn.Module):
 
     def forward(self, x_BF: Tensor) -> Tensor:
         """x_BF with K numbers between 0 and B - 1 behind it."""
+        return torch.cat([x_BF, self.nearness(x_BF)], dim=1)
+
+    def nearness(self, x_BF: Tensor) -> Tensor:
+        """The numbers alone: o_BK."""
         M_BKD = torch.einsum("bf,fkd->bkd", x_BF, self.weight.to(x_BF.dtype))
         apart_BBK = (M_BKD[:, None] - M_BKD[None]).abs().sum(3)
         others_BB1 = 1 - torch.eye(len(x_BF), dtype=x_BF.dtype, device=x_BF.device)[:, :, None]
-        return torch.cat([x_BF, (torch.exp(-apart_BBK) * others_BB1).sum(1)], dim=1)
+        return (torch.exp(-apart_BBK) * others_BB1).sum(1)
 
 
 # -- the discriminator's pictures -------------------------------------------------------------------------------------
@@ -157,6 +169,67 @@ def fading(start: float, fraction: float) -> float:
     (0.2, 0.05, 0.0)
     """
     return start * (1 - fraction)
+
+
+def mirrored_and_shifted(images_BCHW: Tensor) -> Tensor:
+    """Pictures shifted by up to an eighth of height and width, in whole pixels, and half of them mirrored sideways.
+
+    The change of bCR (Zhao et al. 2021). What moves in is the picture, mirrored at its border.
+
+    >>> mirrored_and_shifted(torch.ones(2, 3, 8, 8)).eq(1).all().item()
+    True
+    """
+    count, _, *size = images_BCHW.shape
+    device = images_BCHW.device
+    flip_B = torch.rand(count, device=device) < 0.5
+    furthest = [round(side / 8) for side in size]
+    shifts = [torch.randint(-most, most + 1, (count,), device=device) for most in furthest]
+    return blit(images_BCHW, flip_B, torch.zeros_like(shifts[0]), *shifts)
+
+
+# -- in a game --------------------------------------------------------------------------------------------------------
+
+
+class Stabilizers(nn.Module):
+    """What `family.stabilize` turns on, in the three places where it acts: pictures, answers, and the critic's loss.
+
+    Of what is off nothing is drawn or computed, and there are no buffers.
+
+    >>> stabilize = Stabilizers(StabilizeConfig())
+    >>> images, answers = torch.ones(2, 3, 8, 8), torch.ones(2)
+    >>> stabilize.seen(images, 0.0) is images, stabilize.exchanged(answers, -answers)[0] is answers
+    (True, True)
+    """
+
+    def __init__(self, config: StabilizeCriticConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.label_noise = config.label_noise if isinstance(config, StabilizeConfig) else 0.0
+        self.lecam = LeCam() if config.lecam else None
+
+    def seen(self, images_BCHW: Tensor, fraction: float) -> Tensor:
+        """What the discriminator is to see of real pictures or (augmented) fakes. fraction: share of the run done."""
+        return instance_noise(images_BCHW, fading(self.config.instance_noise, fraction))
+
+    def exchanged(self, on_real_B: Tensor, on_fake_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The answers that the discriminator's loss is to take for those to real pictures and to fakes."""
+        return exchange_labels(on_real_B, on_fake_B, self.label_noise)
+
+    def penalty(self, critic: Critic, seen: Sequence[Tensor], answers: Sequence[Tensor]) -> Tensor | float:
+        """What is added to the critic's loss: LeCam and consistency with their weights, 0.0 where there is neither.
+
+        seen: real pictures and fakes as the critic saw them. answers: what it said of each, not exchanged. critic: says
+        it of changed pictures. This change comes after augmentation and noise: those the critic is to notice, or the
+        generator would learn to make them.
+        """
+        total: Tensor | float = 0.0
+        if self.lecam is not None:
+            total = total + self.config.lecam * self.lecam(*answers)
+        if self.config.consistency:
+            for images_BCHW, on_images_B in zip(seen, answers, strict=True):
+                on_changed_B = critic(mirrored_and_shifted(images_BCHW)).float()
+                total = total + self.config.consistency * consistency(on_images_B, on_changed_B)
+        return total
 
 
 # -- the start --------------------------------------------------------------------------------------------------------

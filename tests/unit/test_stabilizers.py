@@ -11,11 +11,14 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from imagekiln import testing
+from imagekiln.config import StabilizeConfig, StabilizeCriticConfig
 from imagekiln.core import Batch, Progress
 from imagekiln.engine import recipe as recipes
 from imagekiln.errors import RecipeError, UsageError
+from imagekiln.nets import dcgan, mlp_gan
 from imagekiln.nets import stabilizers as stab
 from imagekiln.nets.adversarial import cross_entropy_critic
+from imagekiln.nets.augmentation import blit
 
 
 def answers(seed: int, count: int = 5) -> torch.Tensor:
@@ -142,6 +145,47 @@ def test_instance_noise_has_its_deviation_and_fades():
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_pictures_are_mirrored_and_shifted_and_nothing_else():
+    torch.manual_seed(0)
+    picture = torch.rand(1, 3, 16, 8)
+    ways = torch.cartesian_prod(torch.arange(2), torch.arange(-2, 3), torch.arange(-1, 2))
+    flip, down, right = ways.unbind(1)
+    possible = blit(picture.expand(30, -1, -1, -1), flip > 0, torch.zeros_like(flip), down, right)
+    changed = stab.mirrored_and_shifted(picture.expand(300, -1, -1, -1))
+    same = (changed[:, None] == possible).flatten(2).all(2)
+    assert same.any(1).all() and same.any(0).all()  # no other way, and every way
+
+
+# -- in a game --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_off_draws_nothing_computes_nothing_and_keeps_nothing():
+    for config in (StabilizeConfig(), StabilizeCriticConfig()):
+        stabilize, images = stab.Stabilizers(config), torch.rand(2, 3, 8, 8)
+        on_real, on_fake, state = answers(0), answers(1), torch.get_rng_state()
+        assert stabilize.seen(images, 0.5) is images
+        assert stabilize.exchanged(on_real, on_fake) == (on_real, on_fake)
+        assert stabilize.penalty(None, (images, images), (on_real, on_fake)) == 0  # type: ignore[arg-type]
+        assert not stabilize.state_dict()
+        assert torch.equal(state, torch.get_rng_state())
+
+
+def test_lecam_and_consistency_are_added_with_their_weights_for_real_pictures_and_fakes():
+    torch.manual_seed(0)
+    seen, asked = (torch.rand(5, 1, 8, 8), torch.rand(5, 1, 8, 8)), []
+
+    def critic(images: torch.Tensor) -> torch.Tensor:
+        asked.append(images)
+        return images[:, 0, 0, 0]
+
+    said = [critic(images) for images in seen]
+    total = stab.Stabilizers(StabilizeConfig(lecam=0.3, consistency=10.0)).penalty(critic, seen, said)
+    expected = 0.3 * stab.LeCam()(*said)
+    for before, after in zip(said, asked[2:], strict=True):
+        expected = expected + 10 * (before - after[:, 0, 0, 0]).square().mean()
+    assert float(total) == pytest.approx(float(expected), rel=1e-6)
+
+
 # -- the start --------------------------------------------------------------------------------------------------------
 
 
@@ -237,3 +281,33 @@ def test_instance_noise_of_families_is_gone_at_the_end_of_the_run(name):
     torch.manual_seed(1)
     noise = seen[0] - torch.rand(6, *testing.SHAPE)
     assert float(noise.std()) == pytest.approx(0.25, rel=5 / math.sqrt(2 * noise.numel()))
+
+
+def test_features_are_what_the_logit_is_linear_in():
+    torch.manual_seed(0)
+    images, labels = torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, -1])
+    net = dcgan.Discriminator((3, 16, 16), 8, 3).eval()
+    maps, products = net.features(images, labels).split([16 * 4 * 4, 16], dim=1)
+    logits = net.main[-1](maps.view(4, 16, 4, 4)).flatten() + products.sum(1)
+    assert torch.allclose(logits, net(images, labels), atol=1e-6)
+    net = mlp_gan.Discriminator((3, 16, 16), 8, 3)
+    assert torch.equal(net.main[-1](net.features(images, labels)).flatten(), net(images, labels))
+
+
+@pytest.mark.parametrize("nets", [dcgan, mlp_gan])
+def test_minibatch_discrimination_tells_a_batch_of_copies(nets):
+    torch.manual_seed(0)
+    images, shape = torch.rand(4, 3, 16, 16), (3, 16, 16)
+    copies = images[:1].expand(4, -1, -1, -1)
+    plain, net = nets.Discriminator(shape, 8).eval(), nets.Discriminator(shape, 8, minibatch_kernels=5).eval()
+    net(images).sum().backward()
+    assert all(weight.grad is not None for weight in net.parameters())
+    with torch.no_grad():
+        assert float(plain(copies)[0]) == pytest.approx(float(plain(images)[0]), abs=1e-5)
+        assert abs(float(net(copies)[0]) - float(net(images)[0])) > 1e-3
+    features = net.minibatch.weight.shape[0]
+    assert count(net) - count(plain) == features * 5 * 5 + 5
+
+
+def count(net: nn.Module) -> int:
+    return sum(weight.numel() for weight in net.parameters())
