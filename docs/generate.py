@@ -25,6 +25,7 @@ from imagekiln.config import (
     LangevinConfig,
     OptimizerConfig,
     Section,
+    StabilizeConfig,
     TrainConfig,
 )
 from imagekiln.diffusion.distillation import Distillation
@@ -303,12 +304,13 @@ def settings() -> str:
         ("optim.MODULES", OptimizerConfig),
         ("optim.MODULES.langevin", LangevinConfig),
         ("family.augment", AugmentConfig),
+        ("family.stabilize", StabilizeConfig),
         ("family.distillation", Distillation),
         ("family.noise", Noise),
     ]
     parts = [_settings_of(f"`[{name}]`", model) for name, model in sections]
     for name in registry.names():
-        elsewhere = {"name", "sample", "augment", "distillation", "noise"}
+        elsewhere = {"name", "sample", "augment", "stabilize", "distillation", "noise"}
         parts.append(_settings_of(f"`[family]` of {name}", registry.load(name).Config, skip=elsewhere))
         options = registry.load(name).Config.model_fields.get("sample")
         if options is not None and isinstance(options.annotation, type):

@@ -16,12 +16,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from imagekiln.config import AugmentConfig, FamilyConfig, Section
+from imagekiln.config import AugmentConfig, FamilyConfig, Section, StabilizeConfig
 from imagekiln.core import Batch, Condition, Family, Loss, Phase, Progress, mix, seeded_noise
 from imagekiln.nets.adversarial import hinge_critic, linear_generator, orthogonal_penalty
 from imagekiln.nets.augmentation import Augmentation
 from imagekiln.nets.biggan import Discriminator, Generator, Init, Share, standing, truncate
-from imagekiln.nets.stabilizers import LeCam
+from imagekiln.nets.stabilizers import Stabilizers
 
 STANDING_BATCH = 64
 """Pictures in a batch of the standing statistics."""
@@ -47,8 +47,8 @@ class BigganConfig(FamilyConfig):
     init: Init = Field("orthogonal", description="initial weights")
     orthogonal_weight: float = Field(1e-4, ge=0, description="weight of the generator's orthogonal regularisation")
     critic_steps: int = Field(4, ge=1, description="discriminator updates a generator update")
-    lecam: float = Field(0.0, ge=0, description="weight of the LeCam penalty (try 0.3); 0 = none")
     augment: AugmentConfig = AugmentConfig()
+    stabilize: StabilizeConfig = StabilizeConfig()
     sample: Options = Options()
 
 
@@ -84,14 +84,14 @@ class Biggan(Family):
             image_shape, config.critic_width, num_classes, config.attention_at, config.init
         )
         self.augment = Augmentation(config.augment, image_shape[0])
-        self.lecam = LeCam() if config.lecam else None
+        self.stabilize = Stabilizers(config.stabilize)
         self._stood: tuple[tuple[float, ...], nn.Module] | None = None
 
     def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
         real, labels = batch.images, batch.labels
         z = torch.randn(len(real), self.config.z_dim, device=real.device)
         if phase == "generator":
-            fake = self.augment(self.generator(z, labels))
+            fake = self.stabilize.seen(self.augment(self.generator(z, labels)), progress.fraction)
             adversarial = linear_generator(self.discriminator(fake, labels).float())
             if not self.config.orthogonal_weight:
                 return Loss(adversarial)
@@ -103,11 +103,12 @@ class Biggan(Family):
         with torch.no_grad():
             fake = self.generator(z, labels)
         both = None if labels is None else labels.repeat(2)
-        on_real, on_fake = self.discriminator(self.augment(torch.cat([real, fake])), both).float().chunk(2)
+        seen = self.stabilize.seen(self.augment(torch.cat([real, fake])), progress.fraction)
+        on_real, on_fake = self.discriminator(seen, both).float().chunk(2)
         self.augment.observe(on_real)
-        total = hinge_critic(on_real, on_fake)
-        if self.lecam is not None:
-            total = total + self.config.lecam * self.lecam(on_real, on_fake)
+        total = hinge_critic(*self.stabilize.exchanged(on_real, on_fake)) + self.stabilize.penalty(
+            lambda images: self.discriminator(images, labels), seen.chunk(2), (on_real, on_fake)
+        )
         return Loss(total, {"on_real": on_real.mean(), "on_fake": on_fake.mean()})
 
     def after_step(self, progress: Progress) -> None:

@@ -16,12 +16,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from imagekiln.config import AugmentConfig, FamilyConfig
+from imagekiln.config import AugmentConfig, FamilyConfig, StabilizeConfig
 from imagekiln.core import UNLABELLED, Batch, Condition, Family, Loss, Phase, Progress
 from imagekiln.errors import RecipeError
 from imagekiln.nets.adversarial import cross_entropy_critic, hinge_critic, linear_generator, non_saturating_generator
 from imagekiln.nets.augmentation import Augmentation
 from imagekiln.nets.cgan import Conditioning, Discriminator, Generator
+from imagekiln.nets.stabilizers import Stabilizers
 
 GENERATOR_LOSSES = {"hinge": linear_generator, "non-saturating": non_saturating_generator}
 
@@ -43,6 +44,7 @@ class CganConfig(FamilyConfig):
         0.0, ge=0, lt=0.5, description="the target of fakes (not of hinge); above 0 it holds bad fakes in place"
     )
     augment: AugmentConfig = AugmentConfig()
+    stabilize: StabilizeConfig = StabilizeConfig()
 
 
 class Cgan(Family):
@@ -77,6 +79,7 @@ class Cgan(Family):
             image_shape, config.width, num_classes, config.conditioning, spectral=config.spectral
         )
         self.augment = Augmentation(config.augment, image_shape[0])
+        self.stabilize = Stabilizers(config.stabilize)
 
     def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
         real, count = batch.images, len(batch.images)
@@ -88,14 +91,17 @@ class Cgan(Family):
         # A fake beside a picture without a label is of any class, and the discriminator is not told which.
         drawn = torch.where(labels < 0, torch.randint(self.num_classes, (count,), device=real.device), labels)
         if phase == "generator":
-            fake = self.augment(self.generator(z, drawn))
+            fake = self.stabilize.seen(self.augment(self.generator(z, drawn)), progress.fraction)
             return Loss(on_generator(self.discriminator(fake, labels).float()))
         with torch.no_grad():
             fake = self.generator(z, drawn)
-        shown = self.augment(torch.cat([real, fake]))
-        on_real, on_fake = self.discriminator(shown, labels.repeat(2)).float().chunk(2)
+        seen = self.stabilize.seen(self.augment(torch.cat([real, fake])), progress.fraction)
+        on_real, on_fake = self.discriminator(seen, labels.repeat(2)).float().chunk(2)
         self.augment.observe(on_real)
-        return Loss(self._critic_loss(on_real, on_fake), {"on_real": on_real.mean(), "on_fake": on_fake.mean()})
+        total = self._critic_loss(*self.stabilize.exchanged(on_real, on_fake)) + self.stabilize.penalty(
+            lambda images: self.discriminator(images, labels), seen.chunk(2), (on_real, on_fake)
+        )
+        return Loss(total, {"on_real": on_real.mean(), "on_fake": on_fake.mean()})
 
     def _critic_loss(self, on_real: Tensor, on_fake: Tensor) -> Tensor:
         if self.config.objective == "hinge":

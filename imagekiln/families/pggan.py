@@ -26,10 +26,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from imagekiln.config import FamilyConfig, Fraction
+from imagekiln.config import AugmentConfig, FamilyConfig, Fraction, StabilizeCriticConfig
 from imagekiln.core import Batch, Condition, Family, Loss, Phase, Progress
 from imagekiln.nets.adversarial import drift, gradient_penalty, linear_generator, wasserstein_critic
+from imagekiln.nets.augmentation import Augmentation
 from imagekiln.nets.pggan import Discriminator, Generator, enlarged, held, hold, level_at, shrunk
+from imagekiln.nets.stabilizers import Stabilizers
 
 DRIFT_WEIGHT = 1e-3
 
@@ -46,6 +48,8 @@ class PgGanConfig(FamilyConfig):
     grow_from: int = Field(4, ge=4, description="height in pixels to begin with; the picture's own = no growing")
     growing_fraction: Fraction = Field(0.5, description="share of the run until all layers are in use")
     fade_fraction: Fraction = Field(0.5, description="share of a stage's time in which the next one is faded in")
+    augment: AugmentConfig = AugmentConfig()
+    stabilize: StabilizeCriticConfig = StabilizeCriticConfig()
 
 
 class PgGan(Family):
@@ -69,22 +73,34 @@ class PgGan(Family):
         settings = image_shape, config.width, config.widest, num_classes, config.grow_from
         self.generator = Generator(config.z_dim, *settings)
         self.critic = Discriminator(*settings, stddev_group=config.stddev_group)
+        self.augment = Augmentation(config.augment, image_shape[0])
+        self.stabilize = Stabilizers(config.stabilize)
         self.register_buffer("gamma", torch.tensor(config.gamma))
 
     def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
         labels, level = batch.labels, self.level(progress)
         z = torch.randn(len(batch.images), self.config.z_dim, device=batch.images.device)
+
+        def seen(images: Tensor) -> Tensor:
+            return self.stabilize.seen(self.augment(images), progress.fraction)
+
+        def judged(images: Tensor) -> Tensor:
+            return self.critic(images, labels, level=level).float()
+
         if phase == "generator":
-            fake = self.generator(z, labels, level=level)
-            return Loss(linear_generator(self.critic(fake, labels, level=level).float()))
+            return Loss(linear_generator(judged(seen(self.generator(z, labels, level=level)))))
         real = shrunk(batch.images, level, self.generator.plan.last)
         with torch.no_grad():
             fake = self.generator(z, labels, level=level)
+        seen_real, seen_fake = seen(real), seen(fake)
         # one by one, so that the minibatch deviation compares real pictures with real ones
-        on_real, on_fake = (self.critic(images, labels, level=level).float() for images in (real, fake))
+        on_real, on_fake = judged(seen_real), judged(seen_fake)
+        self.augment.observe(on_real - on_fake)  # only the difference of two answers means something here
         minus_distance = wasserstein_critic(on_real, on_fake)
-        penalty = gradient_penalty(lambda images: self.critic(images, labels, level=level), real, fake)
+        # between what the critic sees, since it compares the distributions of that
+        penalty = gradient_penalty(judged, seen_real, seen_fake)
         total = minus_distance + self.gamma * penalty + DRIFT_WEIGHT * drift(on_real)
+        total = total + self.stabilize.penalty(judged, (seen_real, seen_fake), (on_real, on_fake))
         parts = {"on_real": on_real.mean(), "on_fake": on_fake.mean(), "distance": -minus_distance, "penalty": penalty}
         return Loss(total, parts)
 
@@ -96,9 +112,10 @@ class PgGan(Family):
         return (self.config.z_dim,)
 
     def dials(self) -> Mapping[str, Tensor]:
-        return {"gamma": self.gamma}
+        return {"gamma": self.gamma, **self.augment.dials()}
 
     def after_step(self, progress: Progress) -> None:
+        self.augment.adapt(progress.fraction)
         hold(self.generator.level, self.level(progress))
 
     def level(self, progress: Progress) -> float:

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from imagekiln.config import AugmentConfig, FamilyConfig
+from imagekiln.config import AugmentConfig, FamilyConfig, StabilizeConfig
 from imagekiln.core import Batch, Condition, Family, Loss, Phase, Progress, half_cosine
 from imagekiln.nets.augmentation import Augmentation
 from imagekiln.nets.r3gan import (
@@ -31,6 +31,7 @@ from imagekiln.nets.r3gan import (
     relativistic_critic,
     relativistic_generator,
 )
+from imagekiln.nets.stabilizers import Stabilizers
 
 
 class R3GanConfig(FamilyConfig):
@@ -46,6 +47,7 @@ class R3GanConfig(FamilyConfig):
     gamma: float = Field(0.05, ge=0, description="weight of both penalties at the start of the run")
     gamma_end: float = Field(0.005, ge=0, description="and at its end")
     augment: AugmentConfig = AugmentConfig()
+    stabilize: StabilizeConfig = StabilizeConfig()
 
 
 class R3Gan(Family):
@@ -76,26 +78,39 @@ class R3Gan(Family):
         self.generator = Generator(config.z_dim, image_shape, *widths, num_classes, **size)
         self.discriminator = Discriminator(image_shape, *widths, num_classes, **size)
         self.augment = Augmentation(config.augment, image_shape[0])
+        self.stabilize = Stabilizers(config.stabilize)
         self.register_buffer("gamma", torch.tensor(config.gamma))
 
     def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
         real, labels = batch.images, batch.labels
         z = torch.randn(len(real), self.config.z_dim, device=real.device)
+
+        def seen(images: Tensor) -> Tensor:
+            return self.stabilize.seen(self.augment(images), progress.fraction)
+
         if phase == "generator":
             with torch.no_grad():
-                on_real = self.discriminator(self.augment(real), labels).float()
-            on_fake = self.discriminator(self.augment(self.generator(z, labels)), labels).float()
+                on_real = self.discriminator(seen(real), labels).float()
+            on_fake = self.discriminator(seen(self.generator(z, labels)), labels).float()
             return Loss(relativistic_generator(on_real, on_fake))
         with torch.no_grad():
             fake = self.generator(z, labels).to(real.dtype)
         both = None if labels is None else labels.repeat(2)
-        logits, squares = penalized_logits(
-            lambda images: self.discriminator(self.augment(images), both), torch.cat([real, fake])
-        )
+        shown: list[Tensor] = []
+
+        def judged(images: Tensor) -> Tensor:
+            shown.append(seen(images))  # within the pass: the slopes are those of the pictures before it
+            return self.discriminator(shown[0], both)
+
+        logits, squares = penalized_logits(judged, torch.cat([real, fake]))
         on_real, on_fake = logits.chunk(2)
         r1, r2 = (part.mean() for part in squares.chunk(2))
         self.augment.observe(on_real - on_fake)  # only the difference of two answers means something here
-        total = relativistic_critic(on_real, on_fake) + self._gamma(progress) / 2 * (r1 + r2)
+        total = relativistic_critic(*self.stabilize.exchanged(on_real, on_fake))
+        total = total + self._gamma(progress) / 2 * (r1 + r2)
+        total = total + self.stabilize.penalty(
+            lambda images: self.discriminator(images, labels), shown[0].detach().chunk(2), (on_real, on_fake)
+        )
         return Loss(total, {"on_real": on_real.mean(), "on_fake": on_fake.mean(), "r1": r1, "r2": r2})
 
     def after_step(self, progress: Progress) -> None:

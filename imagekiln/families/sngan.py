@@ -15,12 +15,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from imagekiln.config import AugmentConfig, FamilyConfig
+from imagekiln.config import AugmentConfig, FamilyConfig, StabilizeConfig
 from imagekiln.core import Batch, Condition, Family, Loss, Phase, Progress
 from imagekiln.nets import conv_gan, resnet_gan
 from imagekiln.nets.adversarial import hinge_critic, linear_generator
 from imagekiln.nets.augmentation import Augmentation
-from imagekiln.nets.stabilizers import LeCam
+from imagekiln.nets.stabilizers import Stabilizers
 
 
 class SnganConfig(FamilyConfig):
@@ -32,8 +32,8 @@ class SnganConfig(FamilyConfig):
     width: int = Field(16, ge=4, description="discriminator's channels next to the picture (paper: 128 or 64)")
     networks: Literal["residual", "convolutional"] = Field("residual", description="which of the paper's networks")
     critic_steps: int = Field(5, ge=1, description="discriminator updates a generator update")
-    lecam: float = Field(0.0, ge=0, description="weight of the LeCam penalty (try 0.3); 0 = none")
     augment: AugmentConfig = AugmentConfig()
+    stabilize: StabilizeConfig = StabilizeConfig()
 
 
 class Sngan(Family):
@@ -57,22 +57,23 @@ class Sngan(Family):
         self.generator = nets.Generator(config.z_dim, image_shape, config.generator_width, num_classes)
         self.discriminator = nets.Discriminator(image_shape, config.width, num_classes, spectral=True)
         self.augment = Augmentation(config.augment, image_shape[0])
-        self.lecam = LeCam() if config.lecam else None
+        self.stabilize = Stabilizers(config.stabilize)
 
     def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
         real, labels = batch.images, batch.labels
         z = torch.randn(len(real), self.config.z_dim, device=real.device)
         if phase == "generator":
-            fake = self.augment(self.generator(z, labels))
+            fake = self.stabilize.seen(self.augment(self.generator(z, labels)), progress.fraction)
             return Loss(linear_generator(self.discriminator(fake, labels).float()))
         with torch.no_grad():
             fake = self.generator(z, labels)
         both = None if labels is None else labels.repeat(2)
-        on_real, on_fake = self.discriminator(self.augment(torch.cat([real, fake])), both).float().chunk(2)
+        seen = self.stabilize.seen(self.augment(torch.cat([real, fake])), progress.fraction)
+        on_real, on_fake = self.discriminator(seen, both).float().chunk(2)
         self.augment.observe(on_real)
-        total = hinge_critic(on_real, on_fake)
-        if self.lecam is not None:
-            total = total + self.config.lecam * self.lecam(on_real, on_fake)
+        total = hinge_critic(*self.stabilize.exchanged(on_real, on_fake)) + self.stabilize.penalty(
+            lambda images: self.discriminator(images, labels), seen.chunk(2), (on_real, on_fake)
+        )
         return Loss(total, {"on_real": on_real.mean(), "on_fake": on_fake.mean()})
 
     def after_step(self, progress: Progress) -> None:

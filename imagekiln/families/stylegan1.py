@@ -26,11 +26,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from imagekiln.config import AugmentConfig, FamilyConfig, Fraction, Section
+from imagekiln.config import AugmentConfig, FamilyConfig, Fraction, Section, StabilizeConfig
 from imagekiln.core import Batch, Condition, Family, Loss, Phase, Progress
 from imagekiln.nets.adversarial import cross_entropy_critic, non_saturating_generator, zero_centred_penalty
 from imagekiln.nets.augmentation import Augmentation
 from imagekiln.nets.pggan import Discriminator, enlarged, held, hold, level_at, shrunk
+from imagekiln.nets.stabilizers import Stabilizers
 from imagekiln.nets.stylegan1 import Generator
 
 
@@ -56,6 +57,7 @@ class StyleGan1Config(FamilyConfig):
     growing_fraction: Fraction = Field(0.5, description="share of the run until all layers are in use")
     fade_fraction: Fraction = Field(0.5, description="share of a stage's time in which the next one is faded in")
     augment: AugmentConfig = AugmentConfig()
+    stabilize: StabilizeConfig = StabilizeConfig()
     sample: Options = Options()
 
 
@@ -83,26 +85,31 @@ class StyleGan1(Family):
             *widths, num_classes, config.grow_from, stddev_group=config.stddev_group, blur=True
         )
         self.augment = Augmentation(config.augment, image_shape[0])
+        self.stabilize = Stabilizers(config.stabilize)
         self.register_buffer("gamma", torch.tensor(config.gamma))
 
     def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
         labels, level = batch.labels, self.level(progress)
+
+        def seen(images: Tensor) -> Tensor:
+            return self.stabilize.seen(self.augment(images), progress.fraction)
+
+        def judged(images: Tensor) -> Tensor:
+            return self.discriminator(images, labels, level=level).float()
+
         if phase == "generator":
-            fake = self.augment(self._fakes(batch, level, track=self.training))
-            return Loss(non_saturating_generator(self.discriminator(fake, labels, level=level).float()))
+            return Loss(non_saturating_generator(judged(seen(self._fakes(batch, level, track=self.training)))))
         real = shrunk(batch.images, level, self.generator.plan.last)
         with torch.no_grad():
             fake = self._fakes(batch, level)
-
-        def judged(images: Tensor) -> Tensor:
-            return self.discriminator(self.augment(images), labels, level=level)
-
+        seen_real, seen_fake = seen(real), seen(fake)
         # one by one, so that the minibatch deviation compares real pictures with real ones
-        on_real, on_fake = judged(real).float(), judged(fake).float()
+        on_real, on_fake = judged(seen_real), judged(seen_fake)
         self.augment.observe(on_real)
-        penalty = zero_centred_penalty(judged, real)
-        parts = {"on_real": on_real.mean(), "on_fake": on_fake.mean(), "penalty": penalty}
-        return Loss(cross_entropy_critic(on_real, on_fake) + self.gamma / 2 * penalty, parts)
+        penalty = zero_centred_penalty(lambda images: judged(seen(images)), real)
+        total = cross_entropy_critic(*self.stabilize.exchanged(on_real, on_fake)) + self.gamma / 2 * penalty
+        total = total + self.stabilize.penalty(judged, (seen_real, seen_fake), (on_real, on_fake))
+        return Loss(total, {"on_real": on_real.mean(), "on_fake": on_fake.mean(), "penalty": penalty})
 
     def sample(self, noise: Tensor, condition: Condition, options: Options | None = None) -> Tensor:
         return self.from_styles(self.styles(noise, condition, options), noise).clamp(-1, 1)

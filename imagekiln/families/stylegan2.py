@@ -24,10 +24,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from imagekiln.config import AugmentConfig, FamilyConfig, Fraction, Section
+from imagekiln.config import AugmentConfig, FamilyConfig, Fraction, Section, StabilizeConfig
 from imagekiln.core import Batch, Condition, Family, Loss, Phase, Progress
 from imagekiln.nets.adversarial import cross_entropy_critic, non_saturating_generator, zero_centred_penalty
 from imagekiln.nets.augmentation import Augmentation
+from imagekiln.nets.stabilizers import Stabilizers
 from imagekiln.nets.stylegan2 import Discriminator, Generator, path_lengths
 
 R1_EVERY, PATH_EVERY = 16, 4
@@ -59,6 +60,7 @@ class StyleGan2Config(FamilyConfig):
     path_weight: float = Field(0.0, ge=0, description="weight of the path length penalty (paper: 2); 0 = none")
     mixing: Fraction = Field(0.0, description="share of the fakes in training that have two styles (paper: 0.9)")
     augment: AugmentConfig = AugmentConfig()
+    stabilize: StabilizeConfig = StabilizeConfig()
     sample: Options = Options()
 
 
@@ -99,27 +101,36 @@ class StyleGan2(Family):
             residual=config.discriminator == "residual",
         )
         self.augment = Augmentation(config.augment, image_shape[0])
+        self.stabilize = Stabilizers(config.stabilize)
         self.register_buffer("gamma", torch.tensor(config.gamma))
         self.register_buffer("mean_length", torch.zeros(()))
 
     def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
         real, labels = batch.images, batch.labels
+
+        def seen(images: Tensor) -> Tensor:
+            return self.stabilize.seen(self.augment(images), progress.fraction)
+
+        def judged(images: Tensor) -> Tensor:
+            return self.discriminator(images, labels).float()
+
         if phase == "r1":
-            penalty = zero_centred_penalty(lambda images: self.discriminator(self.augment(images), labels), real)
+            penalty = zero_centred_penalty(lambda images: judged(seen(images)), real)
             return Loss(self.gamma / 2 * penalty, {"penalty": penalty})
         if phase == "path":
             return self._path(real, labels)
         if phase == "generator":
             styles, noise = self._styles(real, labels, track=self.training)
-            fake = self.augment(self.generator.synthesize(styles, noise))
-            return Loss(non_saturating_generator(self.discriminator(fake, labels).float()))
+            return Loss(non_saturating_generator(judged(seen(self.generator.synthesize(styles, noise)))))
         with torch.no_grad():
             fake = self.generator.synthesize(*self._styles(real, labels))
+        seen_real, seen_fake = seen(real), seen(fake)
         # one by one, so that the minibatch deviation compares real pictures with real ones
-        on_real, on_fake = (self.discriminator(self.augment(images), labels).float() for images in (real, fake))
+        on_real, on_fake = judged(seen_real), judged(seen_fake)
         self.augment.observe(on_real)
-        parts = {"on_real": on_real.mean(), "on_fake": on_fake.mean()}
-        return Loss(cross_entropy_critic(on_real, on_fake), parts)
+        total = cross_entropy_critic(*self.stabilize.exchanged(on_real, on_fake))
+        total = total + self.stabilize.penalty(judged, (seen_real, seen_fake), (on_real, on_fake))
+        return Loss(total, {"on_real": on_real.mean(), "on_fake": on_fake.mean()})
 
     def after_step(self, progress: Progress) -> None:
         self.augment.adapt(progress.fraction)

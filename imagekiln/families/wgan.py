@@ -9,14 +9,18 @@ clipping "a clearly terrible way" to bound the slope: WGAN-GP is its successor, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from imagekiln.config import FamilyConfig
+from imagekiln.config import AugmentConfig, FamilyConfig, StabilizeCriticConfig
 from imagekiln.core import Batch, Condition, Family, Loss, Phase, Progress
 from imagekiln.nets.adversarial import clip_weights_, linear_generator, wasserstein_critic
+from imagekiln.nets.augmentation import Augmentation
 from imagekiln.nets.dcgan import Discriminator, Generator
+from imagekiln.nets.stabilizers import Stabilizers
 
 STRETCH = 20
 """Steps of which the generator takes part in the last only: with 5 critic updates a step they are the code's 100."""
@@ -47,6 +51,8 @@ class WganConfig(FamilyConfig):
     clip: float = Field(0.01, gt=0, description="largest weight of the critic")
     critic_steps: int = Field(5, ge=1, description="critic updates a generator update")
     stretches: bool = Field(False, description="20 times as many before the first 25 and every 500th, as published")
+    augment: AugmentConfig = AugmentConfig()
+    stabilize: StabilizeCriticConfig = StabilizeCriticConfig()
 
 
 class Wgan(Family):
@@ -66,19 +72,37 @@ class Wgan(Family):
         self.generator = Generator(config.z_dim, image_shape, config.width, num_classes)
         self.critic = Discriminator(image_shape, config.width, num_classes)
         clip_weights_(self.critic.parameters(), config.clip)
+        self.augment = Augmentation(config.augment, image_shape[0])
+        self.stabilize = Stabilizers(config.stabilize)
 
     def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
         # An optimizer step may have left the box, and `after_step` would be too late for the next of several steps.
         clip_weights_(self.critic.parameters(), self.config.clip)
         real, labels = batch.images, batch.labels
         z = torch.randn(len(real), self.config.z_dim, device=real.device)
+
+        def seen(images: Tensor) -> Tensor:
+            return self.stabilize.seen(self.augment(images), progress.fraction)
+
+        def judged(images: Tensor) -> Tensor:
+            return self.critic(images, labels).float()
+
         if phase == "generator":
-            return Loss(linear_generator(self.critic(self.generator(z, labels), labels).float()))
+            return Loss(linear_generator(judged(seen(self.generator(z, labels)))))
         with torch.no_grad():
             fake = self.generator(z, labels)
-        on_real, on_fake = (self.critic(images, labels).float() for images in (real, fake))
-        total = wasserstein_critic(on_real, on_fake)
-        return Loss(total, {"on_real": on_real.mean(), "on_fake": on_fake.mean(), "distance": -total})
+        seen_real, seen_fake = seen(real), seen(fake)
+        on_real, on_fake = judged(seen_real), judged(seen_fake)
+        self.augment.observe(on_real - on_fake)  # only the difference of two answers means something here
+        minus_distance = wasserstein_critic(on_real, on_fake)
+        total = minus_distance + self.stabilize.penalty(judged, (seen_real, seen_fake), (on_real, on_fake))
+        return Loss(total, {"on_real": on_real.mean(), "on_fake": on_fake.mean(), "distance": -minus_distance})
+
+    def after_step(self, progress: Progress) -> None:
+        self.augment.adapt(progress.fraction)
+
+    def dials(self) -> Mapping[str, Tensor]:
+        return self.augment.dials()
 
     def sample(self, noise: Tensor, condition: Condition, options: None = None) -> Tensor:
         return self.generator(noise, condition.labels)

@@ -20,11 +20,13 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from imagekiln.config import FamilyConfig
+from imagekiln.config import AugmentConfig, FamilyConfig, StabilizeCriticConfig
 from imagekiln.core import UNLABELLED, Batch, Condition, Family, Loss, Phase, Progress
 from imagekiln.errors import RecipeError
 from imagekiln.nets import dcgan, layer_norm_gan, resnet_gan
 from imagekiln.nets.adversarial import gradient_penalty, linear_generator, wasserstein_critic
+from imagekiln.nets.augmentation import Augmentation
+from imagekiln.nets.stabilizers import Stabilizers
 
 NETWORKS: Mapping[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "residual": (resnet_gan.Generator, partial(resnet_gan.Discriminator, pool="mean")),
@@ -53,6 +55,8 @@ class WganGpConfig(FamilyConfig):
     )
     penalty_weight: float = Field(10.0, ge=0, description="lambda, weight of the gradient penalty")
     critic_steps: int = Field(5, ge=1, description="critic updates a generator update")
+    augment: AugmentConfig = AugmentConfig()
+    stabilize: StabilizeCriticConfig = StabilizeCriticConfig()
 
 
 class WganGp(Family):
@@ -88,23 +92,34 @@ class WganGp(Family):
             critic = partial(critic, classifier=True)
         self.generator = generator(config.z_dim, image_shape, config.width, num_classes)
         self.critic = critic(image_shape, config.width, num_classes)
+        self.augment = Augmentation(config.augment, image_shape[0])
+        self.stabilize = Stabilizers(config.stabilize)
         self.register_buffer("penalty_weight", torch.tensor(config.penalty_weight))
 
     def loss(self, phase: str, batch: Batch, progress: Progress) -> Loss:
         real, labels = batch.images, batch.labels
         z = torch.randn(len(real), self.config.z_dim, device=real.device)
+
+        def critic(images: Tensor) -> Tensor:
+            return self.critic(images, labels)
+
         if phase == "generator":
-            on_fake, class_nats = self._judged(self.generator(z, labels), labels)
+            fake = self.stabilize.seen(self.augment(self.generator(z, labels)), progress.fraction)
+            on_fake, class_nats = self._judged(fake, labels)
             total = linear_generator(on_fake)
             return Loss(total if class_nats is None else total + GENERATOR_CLASS_WEIGHT * class_nats.mean())
         with torch.no_grad():
             fake = self.generator(z, labels)
         both = None if labels is None else labels.repeat(2)
-        answers, class_nats = self._judged(torch.cat([real, fake]), both)
+        seen = self.stabilize.seen(self.augment(torch.cat([real, fake])), progress.fraction)
+        answers, class_nats = self._judged(seen, both)
         on_real, on_fake = answers.chunk(2)
+        self.augment.observe(on_real - on_fake)  # only the difference of two answers means something here
         minus_distance = wasserstein_critic(on_real, on_fake)
-        penalty = gradient_penalty(lambda images: self.critic(images, labels), real, fake)
+        # between what the critic sees, since it compares the distributions of that
+        penalty = gradient_penalty(critic, *seen.chunk(2))
         total = minus_distance + self.penalty_weight * penalty
+        total = total + self.stabilize.penalty(critic, seen.chunk(2), (on_real, on_fake))
         parts = {"on_real": on_real.mean(), "on_fake": on_fake.mean(), "distance": -minus_distance, "penalty": penalty}
         if class_nats is not None:
             parts["class_nats"] = class_nats[: len(real)].mean()
@@ -120,8 +135,11 @@ class WganGp(Family):
             labels = torch.full((len(images),), UNLABELLED, device=images.device)
         return logits.float(), cross_entropy(classes.float(), labels, ignore_index=UNLABELLED, reduction="none")
 
+    def after_step(self, progress: Progress) -> None:
+        self.augment.adapt(progress.fraction)
+
     def dials(self) -> Mapping[str, Tensor]:
-        return {"penalty_weight": self.penalty_weight}
+        return {"penalty_weight": self.penalty_weight, **self.augment.dials()}
 
     def sample(self, noise: Tensor, condition: Condition, options: None = None) -> Tensor:
         return self.generator(noise, condition.labels)

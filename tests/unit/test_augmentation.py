@@ -12,7 +12,7 @@ from torch import nn
 
 from imagekiln import testing
 from imagekiln.config import AugmentConfig
-from imagekiln.core import Batch, Progress
+from imagekiln.core import Batch, Family, Progress
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine import registry
 from imagekiln.errors import RecipeError
@@ -20,7 +20,10 @@ from imagekiln.nets import augmentation as aug
 from imagekiln.nets.adversarial import zero_centred_penalty
 from imagekiln.nets.augmentation import Augmentation
 
-FAMILIES = ["dcgan", "cgan", "sngan", "biggan", "stylegan1", "stylegan2", "r3gan"]
+FAMILIES = [name for name in registry.names() if "augment" in registry.load(name).Config.model_fields]
+BETWEEN = ["wgan_gp", "pggan"]
+"""Critics that are penalised between real pictures and fakes."""
+
 EVERYTHING = {"ada": "blit,geometry,color,noise,cutout", "diffaugment": ""}
 
 
@@ -376,12 +379,19 @@ def built(name: str, **settings):
     return recipes.build(testing._recipe(name, {"family": settings}), testing.SHAPE, testing.CLASSES)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_discriminator_sees_nothing_but_changed_pictures(name):
-    """With a piece cut out of every picture, each one it gets has that hole: real ones, fakes, and where penalised."""
+def watched(name: str) -> tuple[Family, list[torch.Tensor]]:
+    """A family that cuts a piece out of every picture, and what its discriminator or critic gets."""
     torch.manual_seed(0)
     family, seen = built(name, augment={"policy": "diffaugment", "transforms": "cutout"}), []
-    family.discriminator.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    opponent = family.get_submodule(family.phases[0].trains[0])
+    opponent.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    return family, seen
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(BETWEEN)))
+def test_the_discriminator_sees_nothing_but_changed_pictures(name):
+    """With a piece cut out of every picture, each one it gets has that hole: real ones, fakes, and where penalised."""
+    family, seen = watched(name)
     images = torch.rand(6, *testing.SHAPE) + 0.1
     for phase in family.phases:
         if phase.name == "path":
@@ -393,10 +403,23 @@ def test_the_discriminator_sees_nothing_but_changed_pictures(name):
         assert (holes >= 16).all(), phase
 
 
+@pytest.mark.parametrize("name", BETWEEN)
+def test_slopes_are_penalised_between_the_pictures_that_the_critic_sees(name):
+    family, seen = watched(name)
+    images = torch.rand(6, *testing.SHAPE) + 0.1
+    family.loss("critic", Batch(images, torch.arange(6) % 3), Progress(0, 1000))
+    *pair, between = seen
+    real, fake = torch.cat(pair).flatten(1).chunk(2)
+    apart, moved = real - fake, between.flatten(1) - fake
+    share = (moved * apart).sum(1, keepdim=True) / apart.square().sum(1, keepdim=True)
+    assert ((share >= 0) & (share <= 1)).all() and torch.allclose(share * apart, moved, atol=1e-5)
+    assert all((images.view(6, *testing.SHAPE) == 0).all(1).sum() >= 6 * 16 for images in (real, fake))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_run_with_ada_is_continued_in_the_same_bits(name, tmp_path: Path):
     settings = {"family": {"augment": {"policy": "ada", "p": 0.5}, **registry.load(name).check_settings}}
-    settings["family"] |= {"width": 8} if name in ("dcgan", "cgan", "sngan") else {}
+    settings["family"] |= {"width": 8} if name in ("dcgan", "cgan", "sngan", "wgan", "vanilla_gan") else {}
 
     def trainer(folder: str):
         return testing._trainer(name, tmp_path / folder, steps=2, settings=settings)
@@ -425,10 +448,10 @@ def test_ada_is_observed_and_adapted_by_training(name):
     assert float(family.dials()["augment_p"]) == pytest.approx((aug.INTERVAL_NIMG + 6) / 1000)
 
 
-DIALS = {"wgan_gp": {"penalty_weight"}, "stylegan1": {"gamma"}, "stylegan2": {"gamma"}, "r3gan": {"gamma"}}
+DIALS = {"wgan_gp": {"penalty_weight"}} | {name: {"gamma"} for name in ("pggan", "stylegan1", "stylegan2", "r3gan")}
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "wgan_gp"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_dials_are_scalars_of_the_state_and_start_at_the_settings(name):
     plain = built(name)
     assert set(plain.dials()) == DIALS.get(name, set())

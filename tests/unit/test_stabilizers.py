@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from imagekiln import testing
 from imagekiln.config import StabilizeConfig, StabilizeCriticConfig
 from imagekiln.core import Batch, Progress
 from imagekiln.engine import recipe as recipes
+from imagekiln.engine import registry
 from imagekiln.errors import RecipeError, UsageError
 from imagekiln.nets import dcgan, mlp_gan
 from imagekiln.nets import stabilizers as stab
@@ -262,17 +264,17 @@ def test_the_hinge_loss_has_no_targets_to_smooth():
 @pytest.mark.parametrize("name", ["dcgan", "sngan", "biggan"])
 def test_lecam_of_families_is_added_and_its_averages_are_kept(name):
     plain, _, _ = critic_loss(built(name))
-    family = built(name, lecam=0.3)
+    family = built(name, stabilize={"lecam": 0.3})
     total, real, fake = critic_loss(family)
     penalty = (real - fake.mean()).square().mean() + (fake - real.mean()).square().mean()
     assert total == pytest.approx(plain + 0.3 * float(penalty), rel=1e-4)
-    assert float(family.state_dict()["lecam.mass"]) == pytest.approx(0.01)
-    assert not any(key.startswith("lecam") for key in built(name).state_dict())
+    assert float(family.state_dict()["stabilize.lecam.mass"]) == pytest.approx(0.01)
+    assert not any("lecam" in key for key in built(name).state_dict())
 
 
 @pytest.mark.parametrize("name", ["dcgan", "vanilla_gan"])
 def test_instance_noise_of_families_is_gone_at_the_end_of_the_run(name):
-    plain, noisy = built(name), built(name, instance_noise=0.5)
+    plain, noisy = built(name), built(name, stabilize={"instance_noise": 0.5})
     assert critic_loss(plain, 1.0)[0] == critic_loss(noisy, 1.0)[0]
     assert critic_loss(plain, 0.0)[0] != critic_loss(noisy, 0.0)[0]
     seen = []
@@ -281,6 +283,76 @@ def test_instance_noise_of_families_is_gone_at_the_end_of_the_run(name):
     torch.manual_seed(1)
     noise = seen[0] - torch.rand(6, *testing.SHAPE)
     assert float(noise.std()) == pytest.approx(0.25, rel=5 / math.sqrt(2 * noise.numel()))
+
+
+STABILIZERS = {"instance_noise": 0.5, "lecam": 1.0, "consistency": 10.0, "label_noise": 0.4}
+ADVERSARIAL = [name for name in registry.names() if "stabilize" in registry.load(name).Config.model_fields]
+
+
+def test_every_game_of_two_networks_has_augmentation_and_stabilizers():
+    families = {name: registry.load(name) for name in registry.names()}
+    games = [name for name, kind in families.items() if getattr(kind, "averaged", ()) == ("generator",)]
+    assert games == ADVERSARIAL
+    assert all("augment" in families[name].Config.model_fields for name in games)
+
+
+def trained(name: str, folder: Path, steps: int = 2, **settings):
+    """A trainer after so many steps of two; the first step of Adam knows nothing but signs."""
+    small = {"width": 8} if name in ("dcgan", "cgan", "sngan", "wgan", "vanilla_gan") else {}
+    once = {"critic_steps": 1} if "critic_steps" in registry.load(name).Config.model_fields else {}
+    trainer = testing._trainer(name, folder, steps=2, settings={"family": {**small, **once, **settings}})
+    for _ in range(steps):
+        trainer.step()
+    return trainer
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_no_stabilizer_of_a_family_is_a_dead_setting(name, tmp_path):
+    fields = registry.load(name).Config.model_fields["stabilize"].annotation.model_fields
+    assert set(fields) == set(STABILIZERS) or set(fields) == set(STABILIZERS) - {"label_noise"}
+    plain = trained(name, tmp_path / "plain")
+    opponent = plain.family.phases[0].trains[0]
+    before = plain.family.get_submodule(opponent).state_dict()
+    for field in fields:
+        trainer = trained(name, tmp_path / field, stabilize={field: STABILIZERS[field]})
+        after = trainer.family.get_submodule(opponent).state_dict()
+        assert all(value.isfinite().all() for value in after.values()), field
+        assert any(not torch.equal(value, before[key]) for key, value in after.items()), field
+        assert all(math.isfinite(float(values[-1])) for values in trainer._sums.values()), field
+
+
+def test_a_run_with_all_of_them_is_continued_in_the_same_bits(tmp_path):
+    settings = {"stabilize": STABILIZERS, "objective": "feature-matching", "minibatch_kernels": 4}
+    whole = trained("dcgan", tmp_path / "whole", **settings)
+    trained("dcgan", tmp_path / "parts", 1, **settings).time_event("checkpoint")
+    second = trained("dcgan", tmp_path / "parts", 0, **settings)
+    assert second.restore()
+    second.step()
+    testing._require_equal(whole, second, "the continued run differs")
+
+
+@pytest.mark.parametrize("setting", ["lecam", "instance_noise"])
+def test_a_setting_that_is_in_a_section_is_found_there(setting):
+    with pytest.raises(RecipeError, match=rf"no such setting. Did you mean 'family.stabilize.{setting}'\?"):
+        built("dcgan", **{setting: 0.3})
+
+
+def test_a_wasserstein_critic_has_no_labels_that_could_be_wrong():
+    with pytest.raises(RecipeError, match=r"family.stabilize.label_noise: no such setting"):
+        built("wgan_gp", stabilize={"label_noise": 0.1})
+
+
+@pytest.mark.parametrize("name", ["dcgan", "vanilla_gan"])
+def test_feature_matching_is_a_generators_objective(name):
+    family, given = built(name, objective="feature-matching"), []
+    family.discriminator.requires_grad_(False)
+    compute = family.discriminator.features
+    family.discriminator.features = lambda *inputs: given.append(compute(*inputs)) or given[-1]
+    loss = family.loss("generator", Batch(torch.rand(6, *testing.SHAPE), torch.arange(6) % 3), Progress(0, 1000)).total
+    real, fake = (features.detach().double().mean(0) for features in given)
+    assert float(loss.detach()) == pytest.approx(float((real - fake).square().sum()), rel=1e-4)
+    loss.backward()
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in family.generator.parameters())
 
 
 def test_features_are_what_the_logit_is_linear_in():
