@@ -219,10 +219,12 @@ class Trainer:
 
     def go_back(self, nimg: int) -> None:
         """Continue from the newest checkpoint of at most `nimg` images, with other seeds; later ones are deleted."""
+        was = self.state
         checkpoint.forget_after(self.run.checkpoints, nimg)
         self.restore()
         self.guard.forget()
-        self.state.attempt += 1
+        # The checkpoint may be of before an earlier going back, whose seeds did not help and whose rate stays lowered.
+        self.state.attempt, self.state.rollbacks, self.state.lr_scale = was.attempt + 1, was.rollbacks, was.lr_scale
         self._make_loader()
         self._sums, self._tick_nimg = {}, self.state.nimg  # a rate is of what is learned from here on
         self._restart_clock()
@@ -293,7 +295,7 @@ class Trainer:
         if criteria:
             self._keep_best(criteria)
         if self.doctor:
-            self.doctor.hear(row, min(criteria.values(), default=None), self.state.best_loss)
+            self.doctor.hear(row, min(criteria.values(), default=None))
         self._restart_clock()
 
     def _looked_at(self, twin: Family, count: int) -> dict[str, float]:
@@ -388,7 +390,8 @@ class Trainer:
                 time.sleep(pause_sec)
         if verify:
             checkpoint.load(path)
-        pinned = {*self.state.doctor.havens, *([] if self.state.best_nimg is None else [self.state.best_nimg])}
+        pinned = {haven.nimg for haven in self.state.doctor.havens}
+        pinned |= set() if self.state.best_nimg is None else {self.state.best_nimg}
         checkpoint.rotate(self.run.checkpoints, self.config.keep, pinned)
         if self.state.nimg:
             self._save_weights()

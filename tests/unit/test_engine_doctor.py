@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from imagekiln.config import FamilyConfig, Recipe, write_toml
-from imagekiln.core import Batch, Family, Loss, Phase, mix
+from imagekiln.core import Batch, Family, HeldOut, Loss, Phase, mix
 from imagekiln.data import to_float
 from imagekiln.engine import recipe as recipes
 from imagekiln.engine.doctor import ILLNESSES, Finding, History, diagnose
 from imagekiln.engine.doctor import acts as acting
-from imagekiln.engine.doctor.chart import Chart
+from imagekiln.engine.doctor.chart import Chart, Haven
 from imagekiln.engine.doctor.practice import LOOKS, SHARE, affordable
 from imagekiln.engine.doctor.signals import AT_ONCE, KINDS, Real, grid_power, label_effect, pooled, spread
 from imagekiln.engine.run import Run
@@ -221,6 +221,46 @@ def test_looking_stays_within_its_share(total_nimg: int, cost: float) -> None:
     assert count * cost * LOOKS / every <= SHARE * total_nimg
 
 
+# -- moments to go back to --------------------------------------------------------------------------------------------
+
+
+def chart_of(*moments: tuple[int, float | None]) -> Chart:
+    chart = Chart()
+    for nimg, criterion in moments:
+        chart.keep(Haven(nimg, criterion))
+    return chart
+
+
+@pytest.mark.parametrize(
+    ("moments", "first", "then"),
+    [
+        ([(8, 5.0), (16, 1.0), (24, 3.0), (32, 2.0)], 16, 8),  # neither the last nor the oldest
+        ([(8, 5.0), (16, 3.0), (24, 1.0), (32, math.nan), (40, None)], 24, 16),
+        ([(8, math.nan), (16, -1.0)], 16, 16),
+        ([(8, None), (16, None), (24, None)], 16, 16),  # without a criterion the older of two
+        ([(8, None), (16, None), (24, 4.0)], 24, 16),
+    ],
+)
+def test_it_goes_back_to_the_best_and_after_that_to_the_one_before(moments, first: int, then: int) -> None:
+    chart = chart_of(*moments)
+    haven = chart.haven("divergence")
+    assert haven is not None and haven.nimg == first and len(chart.havens) <= 2
+    haven.left_for.append("divergence")
+    again, other = chart.haven("divergence"), chart.haven("mode drop")
+    assert again is not None and again.nimg == then
+    assert other is not None and other.nimg == first, "another illness says nothing against the best"
+
+
+def test_who_was_never_well_has_nowhere_to_go_back_to() -> None:
+    assert Chart().haven("divergence") is None and chart_of((8, math.nan)).haven("divergence") is None
+
+
+def test_charts_of_before_there_were_criteria_are_read() -> None:
+    chart = Chart(havens=[8, 16])  # type: ignore[list-item]
+    assert chart.havens == [Haven(8), Haven(16)] and chart.haven("divergence") == Haven(8)
+    assert chart.keep(Haven(24, 3.0)) and chart.haven("divergence") == Haven(24, 3.0)
+
+
 # -- signals ----------------------------------------------------------------------------------------------------------
 
 
@@ -375,7 +415,14 @@ class Collapsing(Trainer):
         super().step()
 
 
-def trainer(folder: Path, doctor: str, run: Run | None = None, kind: type[Trainer] = Collapsing, **more) -> Trainer:
+def trainer(
+    folder: Path,
+    doctor: str,
+    run: Run | None = None,
+    kind: type[Trainer] = Collapsing,
+    family: Family | None = None,
+    **more,
+) -> Trainer:
     settings = {
         "batch": 128,
         "total_kimg": 51.2,
@@ -393,7 +440,7 @@ def trainer(folder: Path, doctor: str, run: Run | None = None, kind: type[Traine
     optim = {"critic": {"name": "adam", "lr": 1e-4}, "generator": {"name": "adam", "lr": 1e-4}}
     recipe = Recipe.model_validate({"family": Config(), "optim": optim, "train": settings})
     run = run or Run.create(folder / f"{doctor}-{len(list(folder.iterdir()))}", write_toml(recipe), {})
-    return kind(recipe, Game(), Unlabelled(), Unlabelled(96, seed=1), run, Silent())
+    return kind(recipe, family or Game(), Unlabelled(), Unlabelled(96, seed=1), run, Silent())
 
 
 def tensors(made: Trainer) -> dict[str, torch.Tensor]:
@@ -481,6 +528,58 @@ def test_a_run_with_acts_is_continued_bit_for_bit(tmp_path: Path, acted: Trainer
     second.fit()
     assert same(second, acted)
     assert second.state.doctor == acted.state.doctor and told(second) == told(acted)
+
+
+class Measured(Game):
+    """Its held-out criterion is known beforehand: best after 12.8 kimg, and before that after 6.4."""
+
+    monitor = "distance"
+
+    def held_out(self, batch, progress):
+        value = {6_400: 3.0, 12_800: 1.0, 19_200: 2.0}.get(progress.nimg, 4.0)
+        return {"distance": HeldOut(torch.full((len(batch.images),), value), None)}
+
+
+class Relapsing(Collapsing):
+    """The illness comes again after the first going back."""
+
+    def step(self) -> None:
+        if self.state.nimg >= self.sick_from_nimg and self.state.attempt == 1:
+            with torch.no_grad():
+                self.family.generator[0].weight.zero_()  # type: ignore[union-attr]
+        super().step()
+
+
+def test_the_best_is_gone_back_to_then_the_one_before_and_resume_is_exact(tmp_path: Path) -> None:
+    """Stopped between the best moment and the first going back, between that and the second, and after both."""
+    whole = trainer(tmp_path, "act", kind=Relapsing, family=Measured())
+    whole.fit()
+    acts = [event for event in told(whole) if "act" in event]
+    assert [event["act"] for event in acts] == ["restore"] * 2
+    assert ["checkpoint of 12800 images" in acts[0]["sentence"], "of 6400 images" in acts[1]["sentence"]] == [True] * 2
+    assert whole.state.nimg == 51_200 and whole.state.attempt == whole.state.doctor.restores == 2
+    assert whole.state.doctor.lr == {"critic": 0.25, "generator": 0.25}
+
+    class Gone(Exception):
+        pass
+
+    class Stopping(Relapsing):
+        stops = [(0, 20_000), (1, 20_000), (2, 10_000)]
+
+        def _after(self, before: int) -> None:
+            super()._after(before)
+            if self.stops and self.state.attempt == self.stops[0][0] and self.state.nimg >= self.stops[0][1]:
+                self.stops.pop(0)
+                self.save()
+                raise Gone
+
+    first = trainer(tmp_path, "act", kind=Stopping, family=Measured())
+    for _ in range(3):
+        with pytest.raises(Gone):
+            trainer(tmp_path, "act", run=first.run, kind=Stopping, family=Measured()).fit()
+    last = trainer(tmp_path, "act", run=first.run, kind=Stopping, family=Measured())
+    last.fit()
+    assert same(last, whole) and last.state.doctor == whole.state.doctor and told(last) == told(whole)
 
 
 def test_the_doctor_stops_what_it_cannot_heal(tmp_path: Path) -> None:

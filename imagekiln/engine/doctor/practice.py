@@ -20,7 +20,7 @@ from imagekiln.config import Recipe
 from imagekiln.core import Family, Progress, Source, mix
 from imagekiln.data import to_float
 from imagekiln.engine.doctor import acts
-from imagekiln.engine.doctor.chart import Chart
+from imagekiln.engine.doctor.chart import Chart, Haven
 from imagekiln.engine.doctor.illnesses import Finding, History, diagnose
 from imagekiln.engine.doctor.signals import Real
 from imagekiln.engine.generate import draw
@@ -41,9 +41,6 @@ HISTOGRAMS = 2
 
 QUIET = 12
 """Looks for which an illness is neither told nor treated again."""
-
-WORSE = 1.1
-"""A moment is worth going back to if its held-out criterion is at most this many times the best."""
 
 
 class Patient(Protocol):
@@ -95,16 +92,15 @@ class Doctor:
         self._sums[key] = self._sums[key] + value if key in self._sums else value
         self._counts[key] = self._counts.get(key, 0) + 1
 
-    def hear(self, found: Mapping[str, float], criterion: float | None, best: float | None) -> None:
-        """What a validation found, and whether this moment is one to go back to."""
+    def hear(self, found: Mapping[str, float], criterion: float | None) -> None:
+        """What a validation found, and whether this moment is one to go back to: then it is saved."""
         chart, nimg = self.chart, self.patient.state.nimg
         told = {
             key.partition("/")[2]: value for key, value in found.items() if key.startswith(("validation/", "quality/"))
         }
         chart.heard |= {f"held_out/{k}": value for k, value in told.items() if "[" not in k and math.isfinite(value)}
-        good = criterion is None or best is None or criterion <= best + (WORSE - 1) * abs(best)
-        if self.acting and good and chart.rows and not diagnose(History(chart.rows, self.patient.total_nimg)):
-            chart.havens = [*chart.havens[-1:], nimg]
+        healthy = chart.rows and not diagnose(History(chart.rows, self.patient.total_nimg))
+        if self.acting and healthy and chart.keep(Haven(nimg, criterion)):
             self.patient.save()
 
     def write_down(self) -> None:
@@ -207,11 +203,12 @@ class Doctor:
     def _act(self, act: str, event: dict[str, Any], critics: list[str]) -> bool:
         chart, family = self.chart, self.patient.family
         if act == "restore":
-            if not chart.havens or chart.restores >= acts.MOST_RESTORES:
+            haven = chart.haven(event["kind"])
+            if haven is None or chart.restores >= acts.MOST_RESTORES:
                 return False
-            what = f"went back to the checkpoint of {chart.havens[0]} images and halved the learning rates"
+            what = f"went back to the checkpoint of {haven.nimg} images and halved the learning rates"
             self._tell(event | {"act": act, "keep": True, "sentence": f"{event['sentence']} Done: {what}."})
-            self._restore()
+            self._restore(haven, event["kind"])
             return True
         if act == "stop":
             chart.stopped = True
@@ -223,14 +220,16 @@ class Doctor:
             self._tell(event | {"act": act, "sentence": f"{event['sentence']} Done: {done}."})
         return bool(done)
 
-    def _restore(self) -> None:
+    def _restore(self, haven: Haven, illness: str) -> None:
         """Back to a good moment with other seeds. What was turned since stays turned."""
         was = self.chart
-        self.patient.go_back(was.havens[0])
+        haven.left_for = sorted({*haven.left_for, illness})
+        self.patient.go_back(haven.nimg)
         chart = self.chart
         for name, factor in was.dials.items():
             self.patient.family.dials()[name].mul_(factor / chart.dials.get(name, 1.0))
-        chart.lr, chart.dials, chart.restores, chart.havens = was.lr, was.dials, was.restores + 1, was.havens[:1]
+        chart.lr, chart.dials, chart.restores = was.lr, was.dials, was.restores + 1
+        chart.havens = [one for one in was.havens if one.nimg <= self.patient.state.nimg]
         acts.lower_lr(chart, {}, list(self.patient.optimizers), [])
         self.patient.save()
 
