@@ -8,7 +8,8 @@ n_k vectors of a batch at code k and m_k their sum, each step does
 The codes follow their vectors this way and need no gradient; the encoder is pulled by beta ||z - sg(e)||^2, whose
 weight beta belongs to the encoder's side alone. A code nearly nobody uses is put where a vector of the batch is
 (Dhariwal et al. 2020, arXiv:2005.00341, section 3.1). Computing a loss only notes what was seen; `update` applies it,
-once a step, so a step that was left out or computed in parts teaches the same.
+once a step, so a step that was left out or computed in parts teaches the same. After the start nothing is read from the
+device: what is decided, whether vectors are finite and which codes are dead, is decided there.
 
 Shapes: B pictures, K codes, D dimensions of a code, H rows, W columns of codes, N vectors, P vectors in the pool.
 """
@@ -63,6 +64,8 @@ class Codebook(nn.Module):
         self.register_buffer("usage", torch.ones(num_codes))
         self.register_buffer("total", self.codes.detach().clone())
         self.register_buffer("started", torch.tensor(False))
+        self._known_to_have_started = False
+        self.register_load_state_dict_post_hook(_forget_the_start)
         self._seen: tuple[Tensor, Tensor] | None = None
         self._pool: tuple[Tensor, Tensor] | None = None
 
@@ -73,9 +76,10 @@ class Codebook(nn.Module):
         index_N = self.nearest(z_ND)
         index_BHW = index_N.unflatten(0, (len(z_BDHW), *z_BDHW.shape[2:]))
         codes_BDHW = self.lookup(index_BHW).detach()
-        share_K = torch.bincount(index_N, minlength=len(self.codes)) / len(index_N)
+        usage_K = _count(index_N, len(self.codes))
+        share_K = usage_K / len(index_N)
         if self.training:
-            self._note(z_ND, index_N)
+            self._note(z_ND, index_N, usage_K)
         return Quantised(
             # The value is exactly the code's; the gradient passes straight through to z.
             codes_BDHW + (z_BDHW - z_BDHW.detach()),
@@ -97,46 +101,66 @@ class Codebook(nn.Module):
         """Move the codes by what was seen since the last update: the first time k-means, then the moving averages."""
         if self._seen is None or self._pool is None:
             return
-        (usage_K, total_KD), (_, pool_PD) = self._seen, self._pool
+        (usage_K, total_KD), (share_P, pool_PD) = self._seen, self._pool
         self._seen = self._pool = None
-        if not self.started:
-            self.codes.copy_(_k_means(pool_PD, len(self.codes)))
-            self.usage.copy_(torch.bincount(self.nearest(pool_PD), minlength=len(self.codes)) / len(pool_PD))
-            self.usage.mul_(usage_K.sum())
-            self.total.copy_(self.codes * self.usage[:, None])
-            self.started.fill_(True)
-            return
-        self.usage.lerp_(usage_K, 1 - self.decay)
-        self.total.lerp_(total_KD, 1 - self.decay)
-        if restart and self.restart_below:
-            self._restart(pool_PD)
-        count = self.usage.sum()
-        smooth_K = (self.usage + SMOOTHING) / (count + len(self.codes) * SMOOTHING) * count
-        used_K = self.usage > 0
-        self.codes[used_K] = (self.total / smooth_K[:, None])[used_K]
+        self._known_to_have_started = self._known_to_have_started or bool(self.started)
+        if self._known_to_have_started:
+            self._follow(usage_K, total_KD, share_P.isfinite().sum(), pool_PD, restart and self.restart_below > 0)
+        else:
+            self._start(usage_K, pool_PD[share_P.isfinite()])
 
-    def _restart(self, pool_PD: Tensor) -> None:
-        mean = self.usage.mean()
-        dead = torch.nonzero(self.usage < self.restart_below * mean).flatten()[: len(pool_PD)]
-        self.usage[dead] = mean
-        self.total[dead] = mean * pool_PD[: len(dead)]
-
-    def _note(self, z_ND: Tensor, index_N: Tensor) -> None:
-        if not torch.isfinite(z_ND).all():
+    def _start(self, usage_K: Tensor, pool_PD: Tensor) -> None:
+        if not len(pool_PD):
             return
-        usage_K = torch.bincount(index_N, minlength=len(self.codes)).float()
-        total_KD = torch.zeros_like(self.codes).index_add_(0, index_N, z_ND)
+        self.codes.copy_(_k_means(pool_PD, len(self.codes)))
+        self.usage.copy_(_count(self.nearest(pool_PD), len(self.codes)) / len(pool_PD))
+        self.usage.mul_(usage_K.sum())
+        self.total.copy_(self.codes * self.usage[:, None])
+        self.started.fill_(True)
+        self._known_to_have_started = True
+
+    def _follow(self, usage_K: Tensor, total_KD: Tensor, num_pool: Tensor, pool_PD: Tensor, restart: bool) -> None:
+        """One step of the moving averages; with `num_pool` = 0 nothing changes."""
+        usage_K, total_KD = self.usage.lerp(usage_K, 1 - self.decay), self.total.lerp(total_KD, 1 - self.decay)
+        if restart:
+            mean = usage_K.mean()
+            dead_K = usage_K < self.restart_below * mean
+            place_K = dead_K.cumsum(0) - 1  # the first dead code takes the pool's first vector, and so on
+            dead_K &= place_K < num_pool
+            anew_KD = mean * pool_PD[place_K.clamp(0, len(pool_PD) - 1)]
+            usage_K, total_KD = torch.where(dead_K, mean, usage_K), torch.where(dead_K[:, None], anew_KD, total_KD)
+        count = usage_K.sum()
+        smooth_K = (usage_K + SMOOTHING) / (count + len(usage_K) * SMOOTHING) * count
+        codes_KD = torch.where(usage_K[:, None] > 0, total_KD / smooth_K[:, None], self.codes)
+        for kept, new in ((self.usage, usage_K), (self.total, total_KD), (self.codes, codes_KD)):
+            kept.copy_(torch.where(num_pool > 0, new, kept))
+
+    def _note(self, z_ND: Tensor, index_N: Tensor, usage_K: Tensor) -> None:
+        finite = torch.isfinite(z_ND).all()
+        usage_K = torch.where(finite, usage_K, 0.0)
+        total_KD = torch.where(finite, torch.zeros_like(self.codes).index_add_(0, index_N, z_ND), 0.0)
         if self._seen is not None:
             usage_K, total_KD = usage_K + self._seen[0], total_KD + self._seen[1]
         self._seen = usage_K, total_KD
         size = POOL * len(self.codes)
         order = torch.randperm(len(z_ND), device=z_ND.device)[:size]
         share_P, pool_PD = torch.arange(len(order), device=z_ND.device) / len(z_ND), z_ND[order]
+        share_P = torch.where(finite, share_P, torch.inf)  # so vectors that are not come last and are not counted
         if self._pool is not None:
             # Shuffled parts are dealt into one another, so that the front of the pool holds a fair share of each.
             share_P, order = torch.cat([self._pool[0], share_P]).sort(stable=True)
             pool_PD = torch.cat([self._pool[1], pool_PD])[order]
         self._pool = share_P[:size], pool_PD[:size]
+
+
+def _forget_the_start(book: Codebook, _: object) -> None:
+    book._known_to_have_started = False
+
+
+def _count(index_N: Tensor, num_codes: int) -> Tensor:
+    """How often each code is named, as float32; `torch.bincount` makes the host wait for the largest number."""
+    ones_N = torch.ones(len(index_N), device=index_N.device)
+    return torch.zeros(num_codes, device=index_N.device).scatter_add_(0, index_N, ones_N)
 
 
 def _nearest(z_ND: Tensor, codes_KD: Tensor) -> Tensor:
@@ -149,7 +173,7 @@ def _k_means(pool_PD: Tensor, num_codes: int) -> Tensor:
     codes_KD = pool_PD[torch.arange(num_codes, device=pool_PD.device) % len(pool_PD)].clone()
     for _ in range(ROUNDS):
         index_P = _nearest(pool_PD, codes_KD)
-        count_K1 = torch.bincount(index_P, minlength=num_codes)[:, None]
+        count_K1 = _count(index_P, num_codes)[:, None]
         total_KD = torch.zeros_like(codes_KD).index_add_(0, index_P, pool_PD)
         codes_KD = torch.where(count_K1 > 0, total_KD / count_K1.clamp(min=1), codes_KD)
     return codes_KD

@@ -164,6 +164,52 @@ def test_vectors_that_are_not_finite_are_not_learned():
     assert codebook.codes.tolist() == [[0.0], [1.0]] and codebook.usage.tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("start", [True, False], ids=["start", "restart"])
+def test_a_part_that_is_not_finite_leaves_the_others_as_they_are(start):
+    """There are two vectors in the others: one code follows them, and of five dead ones two start anew."""
+    found = []
+    for spoilt in (False, True):
+        torch.manual_seed(0)
+        codebook = Codebook(6, 2) if start else book([[99.0, 99.0 + k] for k in range(6)], decay=0.0)
+        for number in range(3):
+            torch.manual_seed(number)
+            if number != 1:
+                codebook(torch.randn(1, 2, 1, 1))
+            elif spoilt:
+                codebook(torch.tensor([1.0, torch.inf]).view(1, 2, 1, 1))
+        codebook.update()
+        found.append(codebook.state_dict())
+    assert all(torch.equal(value, found[0][key]) for key, value in found[1].items())
+    assert int((found[0]["codes"] < 9).all(1).sum()) == (6 if start else 3)
+
+
+def test_dead_codes_take_the_vectors_of_the_pool_in_turn():
+    torch.manual_seed(0)
+    codebook, z = book([[99.0], [0.0], [88.0], [77.0]], decay=0.0), 0.1 * torch.randn(1, 1, 3, 4)
+    torch.manual_seed(1)
+    codebook(z)
+    codebook.update()
+    torch.manual_seed(1)
+    pool = z.flatten()[torch.randperm(12)]
+    torch.testing.assert_close(codebook.codes.flatten(), torch.stack([pool[0], z.mean(), pool[1], pool[2]]))
+
+
+def test_a_state_of_before_the_start_starts_anew():
+    torch.manual_seed(0)
+    codebook, z = Codebook(4, 2), torch.randn(1, 2, 4, 4)
+    fresh, codes = copy.deepcopy(codebook.state_dict()), []
+    for _ in range(2):
+        codebook.load_state_dict(fresh)
+        torch.manual_seed(1)
+        codebook(z)
+        codebook.update()
+        assert bool(codebook.started)
+        codes.append(codebook.codes.clone())
+        codebook(2 * z)
+        codebook.update()
+    assert torch.equal(*codes) and not torch.equal(codes[1], codebook.codes)
+
+
 def test_looking_teaches_nothing():
     codebook = Codebook(3, 2).eval()
     before = {key: value.clone() for key, value in codebook.state_dict().items()}
