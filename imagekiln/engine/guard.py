@@ -1,8 +1,9 @@
 """Updates whose loss or gradient is not finite are left out, and no step waits for its device to learn of it.
 
-Adam's fused kernel reads on the device whether it is to step: `found_inf`, which is there for scaled gradients. What
-the host is to know it asks for in the background and reads `LAG_STEPS` later, when the answer has long arrived. A CPU
-has nothing to wait for, and other optimizers cannot be told: there the host reads at once.
+Adam's fused kernel reads on the device whether it is to step: `found_inf`, which is there for scaled gradients. SGD and
+RMSprop step in any case, and where they should not have, the device puts the values of before back. What the host is to
+know it asks for in the background and reads `LAG_STEPS` later, when the answer has long arrived. A CPU has nothing to
+wait for, and other optimizers cannot be told: there the host reads at once.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ class Guard:
     >>> optimizer = torch.optim.Adam([weight], fused=True)
     >>> for nimg in (8, 16, 24):
     ...     weight.grad = torch.full((1,), float("inf") if nimg == 8 else 1.0)
-    ...     if not guard.leaves_out(optimizer, weight.grad.isfinite().all()):
-    ...         optimizer.step()
+    ...     stepped = guard.step(optimizer, weight.grad.isfinite().all())
     ...     guard.close(nimg)
     >>> list(guard.bad()), int(optimizer.state[weight]["step"])
     ([8], 2)
@@ -37,16 +37,19 @@ class Guard:
         self._finite: list[Tensor] = []
         self._answers: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
-    def leaves_out(self, optimizer: torch.optim.Optimizer, finite: Tensor) -> bool:
-        """Whether the host must not step, because `finite`, a bool tensor without dimensions, is false.
-
-        Of an optimizer that can be told on its device the answer is False, and its step does nothing where it must not.
-        """
+    def step(self, optimizer: torch.optim.Optimizer, finite: Tensor) -> bool:
+        """Step, unless `finite`, a bool tensor without dimensions, is false; False where the host knows that it is."""
         self._finite.append(finite)
         if self.late and _can_be_told(optimizer):
             optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            optimizer.step()
+        elif self.late and isinstance(optimizer, torch.optim.SGD | torch.optim.RMSprop):
+            _step_where(finite, optimizer)
+        elif finite:
+            optimizer.step()
+        else:
             return False
-        return not bool(finite)
+        return True
 
     def close(self, nimg: int) -> None:
         """A step has ended, and so many images have been seen."""
@@ -78,3 +81,22 @@ class Guard:
 def _can_be_told(optimizer: torch.optim.Optimizer) -> bool:
     """Fused SGD cannot: if its first step is left out, its momentum begins as whatever was in memory."""
     return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) and bool(optimizer.defaults.get("fused"))
+
+
+@torch.no_grad()
+def _step_where(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Step; where not finite, the optimizer's tensors are as before, and those it has just made are the zeros that SGD
+    and RMSprop begin with."""
+    before = {tensor: tensor.clone() for tensor in _tensors(optimizer, finite.device)}
+    optimizer.step()
+    for tensor in _tensors(optimizer, finite.device):
+        tensor.copy_(torch.where(finite, tensor, before.get(tensor, 0.0)))
+
+
+def _tensors(optimizer: torch.optim.Optimizer, device: torch.device) -> list[Tensor]:
+    """Weights and what is remembered of them; counts of steps, which torch keeps on the host, come to the device."""
+    found = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for state in optimizer.state.values():
+        state |= {key: value.to(device) for key, value in state.items() if isinstance(value, Tensor)}
+        found += [value for value in state.values() if isinstance(value, Tensor)]
+    return found

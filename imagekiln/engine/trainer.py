@@ -147,9 +147,6 @@ class Trainer:
             slot += 1
         norm = self._clip([p for _, p in self.params[phase.optimizer] if p.grad is not None])
         self._note(phase.name, {"grad_norm": norm})
-        if self.guard.leaves_out(optimizer, torch.stack([*finite, torch.isfinite(norm)]).all()):
-            optimizer.zero_grad(set_to_none=True)
-            return False
         middle = (progress.nimg + self.images_per_step / 2) / self.total_nimg  # of this step, so that none is at 0
         factor = self.state.lr_scale * self.state.doctor.lr.get(phase.optimizer, 1.0)
         factor *= optim.multiplier(self.config.schedule, middle, self.config.warmup_fraction, self.config.end_lr_ratio)
@@ -159,8 +156,10 @@ class Trainer:
             if one.beta2_start:
                 group["betas"] = one.betas[0], half_cosine(one.beta2_start, one.betas[1], middle)
         self._heat(phase, turn, progress)
-        optimizer.step()
-        return True
+        stepped = self.guard.step(optimizer, torch.stack([*finite, torch.isfinite(norm)]).all())
+        if not stepped:
+            optimizer.zero_grad(set_to_none=True)
+        return stepped
 
     def _heat(self, phase: Phase, turn: int, progress: Progress) -> None:
         """The temperature of this moment, and noise that is a function of (seed, attempt, phase, images seen)."""

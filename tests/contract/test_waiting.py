@@ -16,8 +16,6 @@ from imagekiln import testing
 from imagekiln.engine import registry
 from imagekiln.engine.guard import LAG_STEPS, Guard
 
-WAITS = {"wgan": "RMSprop cannot be told to leave a step out"}
-
 
 class NoReading(TorchDispatchMode):
     """Stands for a device: whoever asks a tensor for its number fails."""
@@ -27,7 +25,7 @@ class NoReading(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", [name for name in registry.names() if name not in WAITS])
+@pytest.mark.parametrize("name", registry.names())
 def test_a_step_reads_no_number(name: str, tmp_path: Path) -> None:
     trainer = testing._trainer(name, tmp_path, steps=100)
     trainer.step()  # what is read once a run
@@ -36,12 +34,3 @@ def test_a_step_reads_no_number(name: str, tmp_path: Path) -> None:
         for _ in range(LAG_STEPS):  # then the first answers are read, which have long arrived
             trainer.step()
     assert trainer.state.nimg == (1 + LAG_STEPS) * trainer.images_per_step
-
-
-@pytest.mark.parametrize("name", WAITS)
-def test_who_waits_still_does(name: str, tmp_path: Path) -> None:
-    """So that the list above does not outlive its reasons."""
-    trainer = testing._trainer(name, tmp_path, steps=100)
-    trainer.guard = Guard(late=True)
-    with NoReading(), pytest.raises(AssertionError, match="a number was read"):
-        trainer.step()

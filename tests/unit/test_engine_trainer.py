@@ -310,7 +310,7 @@ def test_what_was_gone_back_on_is_no_part_of_a_rate(tmp_path: Path) -> None:
     assert row["nimg"] == 16 and row["img_per_sec"] > 0
 
 
-def adam(folder: Path, bad: dict[int, float], late: bool) -> Trainer:
+def spoilt(folder: Path, bad: dict[int, float], late: bool, **optimizer: object) -> Trainer:
     """A training whose loss is multiplied by what `bad` says after so many images."""
 
     class Spoilt(Linear):
@@ -318,29 +318,36 @@ def adam(folder: Path, bad: dict[int, float], late: bool) -> Trainer:
             told = super().loss(phase, batch, progress)
             return Loss(told.total * bad.get(progress.nimg, 1.0))
 
-    made = trainer(folder, Spoilt(), optimizer={"name": "adam"})
+    made = trainer(folder, Spoilt(), optimizer={"name": "adam", **optimizer})
     made.guard = Guard(late)
     return made
 
 
-def test_an_update_is_left_out_also_where_the_host_hears_of_it_later(tmp_path: Path) -> None:
-    """Weights and what Adam remembers are those of a training without that step, early and late."""
-    soon, late = (steps(adam(tmp_path, {16: float("nan")}, late), 4) for late in (False, True))
+@pytest.mark.parametrize("bad_nimg", [0, 16])
+@pytest.mark.parametrize("name", ["adam", "sgd", "rmsprop"])
+def test_an_update_is_left_out_also_where_the_host_hears_of_it_later(tmp_path: Path, name: str, bad_nimg: int) -> None:
+    """Weights and what the optimizer remembers are those of a training without that step, early and late."""
+    more = {} if name == "adam" else {"momentum": 0.9}
+    soon, late = (
+        steps(spoilt(tmp_path, {bad_nimg: float("nan")}, late, name=name, **more), 4) for late in (False, True)
+    )
     told = {True: late.run.events(), False: soon.run.events()}
-    assert [event["kind"] for event in told[False]] == ["non-finite"] and not told[True]
+    heard = ["non-finite"] if bad_nimg == 0 else []  # two steps later
+    assert [event["kind"] for event in told[False]] == ["non-finite"]
+    assert [event["kind"] for event in told[True]] == heard
     late.save()
     assert [event["sentence"] for event in late.run.events()] == [event["sentence"] for event in told[False]]
-    assert late.state.skipped_nimg == soon.state.skipped_nimg == [24]
+    assert late.state.skipped_nimg == soon.state.skipped_nimg == [bad_nimg + 8]
     assert torch.equal(weights(soon), weights(late))
     ours, theirs = soon.optimizer_tensors(), late.optimizer_tensors()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert ours and ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_going_back_is_the_same_whenever_it_is_heard_of(tmp_path: Path) -> None:
     ended = []
     for late in (False, True):
         once = {16: float("inf"), 24: float("nan"), 32: float("nan")}
-        made = adam(tmp_path, once, late)
+        made = spoilt(tmp_path, once, late)
         made.save()
         while made.state.nimg < 64:
             made.step()
@@ -352,7 +359,7 @@ def test_going_back_is_the_same_whenever_it_is_heard_of(tmp_path: Path) -> None:
 
 
 def test_the_last_step_is_looked_at_before_a_training_ends(tmp_path: Path) -> None:
-    made = adam(tmp_path, {152: float("nan")}, late=True)
+    made = spoilt(tmp_path, {152: float("nan")}, late=True)
     made.fit()
     assert [event["kind"] for event in made.run.events()] == ["non-finite"]
 
