@@ -291,10 +291,9 @@ class Trainer:
                 criteria[name] = found[f"validation/{self.family.monitor}"]
         self.run.append_stats({"nimg": self.state.nimg, **row})
         self.listener.tick({"nimg": self.state.nimg, "total_nimg": self.total_nimg, **row})
-        if criteria:
-            self._keep_best(criteria)
+        best = self._keep_best(criteria) if criteria else None
         if self.doctor:
-            self.doctor.hear(row, min(criteria.values(), default=None))
+            self.doctor.hear(row, best)
         self._restart_clock()
 
     def _looked_at(self, twin: Family, count: int) -> dict[str, float]:
@@ -304,10 +303,10 @@ class Trainer:
         found |= {f"quality/{name}": value for name, value in self.validation.quality(twin, count).items()}
         return {key: value for key, value in found.items() if not math.isnan(value) or key.startswith("validation/")}
 
-    def _keep_best(self, criteria: Mapping[str, float]) -> None:
-        """Remember the moment and the average with the lowest value so far, or the last one.
+    def _keep_best(self, criteria: Mapping[str, float]) -> bool:
+        """Remember this moment and its best average as those to draw with, if they are; whether none before was better.
 
-        A loss ranks moments. Coverage only says which are clearly worse: of the others the latest is kept.
+        A loss ranks moments. Coverage only says which are clearly worse: of the others the latest is the best.
         """
         average, loss = min(criteria.items(), key=lambda item: (math.isnan(item[1]), item[1]))
         before = self.state.best_loss
@@ -319,6 +318,7 @@ class Trainer:
         if better or near or self.config.choose == "last":
             self.state.best_nimg, self.state.best_average = self.state.nimg, average
             self._save_weights()
+        return (better or near) and not math.isnan(loss)
 
     def _stops_early(self) -> bool:
         stop = 0 < self.config.patience <= self.state.stale_validations

@@ -224,21 +224,21 @@ def test_looking_stays_within_its_share(total_nimg: int, cost: float) -> None:
 # -- moments to go back to --------------------------------------------------------------------------------------------
 
 
-def chart_of(*moments: tuple[int, float | None]) -> Chart:
+def chart_of(*moments: tuple[int, bool]) -> Chart:
     chart = Chart()
-    for nimg, criterion in moments:
-        chart.keep(Haven(nimg, criterion))
+    for nimg, best in moments:
+        chart.keep(Haven(nimg, best))
     return chart
 
 
 @pytest.mark.parametrize(
     ("moments", "first", "then"),
     [
-        ([(8, 5.0), (16, 1.0), (24, 3.0), (32, 2.0)], 16, 8),  # neither the last nor the oldest
-        ([(8, 5.0), (16, 3.0), (24, 1.0), (32, math.nan), (40, None)], 24, 16),
-        ([(8, math.nan), (16, -1.0)], 16, 16),
-        ([(8, None), (16, None), (24, None)], 16, 16),  # without a criterion the older of two
-        ([(8, None), (16, None), (24, 4.0)], 24, 16),
+        ([(8, True), (16, True), (24, False), (32, False)], 16, 8),  # neither the last nor the oldest
+        ([(8, True), (16, True), (24, True)], 24, 16),
+        ([(8, True)], 8, 8),
+        ([(8, False), (16, False), (24, False)], 16, 16),  # held-out pictures are not asked: the older of two
+        ([(8, False), (16, False), (24, True)], 24, 16),
     ],
 )
 def test_it_goes_back_to_the_best_and_after_that_to_the_one_before(moments, first: int, then: int) -> None:
@@ -252,13 +252,21 @@ def test_it_goes_back_to_the_best_and_after_that_to_the_one_before(moments, firs
 
 
 def test_who_was_never_well_has_nowhere_to_go_back_to() -> None:
-    assert Chart().haven("divergence") is None and chart_of((8, math.nan)).haven("divergence") is None
+    assert Chart().haven("divergence") is None
 
 
-def test_charts_of_before_there_were_criteria_are_read() -> None:
+def test_charts_of_before_the_best_was_known_are_read() -> None:
     chart = Chart(havens=[8, 16])  # type: ignore[list-item]
     assert chart.havens == [Haven(8), Haven(16)] and chart.haven("divergence") == Haven(8)
-    assert chart.keep(Haven(24, 3.0)) and chart.haven("divergence") == Haven(24, 3.0)
+    assert chart.keep(Haven(24, True)) and chart.haven("divergence") == Haven(24, True)
+
+
+@pytest.mark.parametrize("best", [True, False, None])
+def test_only_the_best_healthy_moments_are_kept(best: bool | None, tmp_path: Path) -> None:
+    made = trainer(tmp_path, "act")
+    made.state.doctor.rows = [{"nimg": 64}]
+    made.doctor.hear({}, best)
+    assert [haven.best for haven in made.state.doctor.havens] == ([] if best is False else [bool(best)])
 
 
 # -- signals ----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,12 +11,12 @@ from typing import Any
 class Haven:
     """A moment when nothing was wrong.
 
-    criterion: held-out, lower is better; None where nothing was measured. left_for: illnesses for which the training
-    went back here.
+    best: whether held-out pictures said that none before was better; False where they were not asked. left_for:
+    illnesses for which the training went back here.
     """
 
     nimg: int
-    criterion: float | None = None
+    best: bool = False
     left_for: list[str] = field(default_factory=list)
 
 
@@ -28,7 +27,7 @@ class Chart:
     rows: one a look. sums, counts: of what was logged since the last look. heard: from a validation since then.
     kinds: histograms of the last drawn pictures. seen_nimg, treated_nimg: when an illness last showed, or was treated.
     lr, dials: factors on what the recipe says. havens: at most two moments worth going back to, oldest first; where
-    there is a criterion, the best one and the best before it.
+    held-out pictures are asked, the best one and the best before it.
     """
 
     rows: list[dict[str, float]] = field(default_factory=list)
@@ -48,29 +47,25 @@ class Chart:
         self.havens = [_haven(one) for one in self.havens]
 
     def keep(self, haven: Haven) -> bool:
-        """Remember a healthy moment if it is the best so far; without a criterion the last one is. False if it is not.
+        """Remember a healthy moment; False for one that nothing is known of where others are known to be the best.
 
         >>> chart = Chart()
-        >>> [chart.keep(Haven(nimg, value)) for nimg, value in ((8, 5.0), (16, 3.0), (24, 4.0), (32, 2.0))]
+        >>> [chart.keep(Haven(nimg, best)) for nimg, best in ((8, False), (16, True), (24, False), (32, True))]
         [True, True, False, True]
         >>> [haven.nimg for haven in chart.havens]
         [16, 32]
         """
-        best = self.havens[-1].criterion if self.havens else None
-        if haven.criterion is None:
-            better = best is None
-        else:
-            better = haven.criterion < (math.inf if best is None else best)  # NaN never is
-        if better:
+        kept = haven.best or not any(one.best for one in self.havens)
+        if kept:
             self.havens = [*self.havens[-1:], haven]
-        return better
+        return kept
 
     def haven(self, illness: str) -> Haven | None:
         """Where to go back to: the best moment, unless the same illness came again from there, else the one before.
 
-        Without a criterion it is the older one at once, because a diagnosis comes late.
+        Where held-out pictures were not asked it is the older one at once, because a diagnosis comes late.
         """
-        if self.havens and self.havens[-1].criterion is not None and illness not in self.havens[-1].left_for:
+        if self.havens and self.havens[-1].best and illness not in self.havens[-1].left_for:
             return self.havens[-1]
         return self.havens[0] if self.havens else None
 

@@ -92,15 +92,16 @@ class Doctor:
         self._sums[key] = self._sums[key] + value if key in self._sums else value
         self._counts[key] = self._counts.get(key, 0) + 1
 
-    def hear(self, found: Mapping[str, float], criterion: float | None) -> None:
-        """What a validation found, and whether this moment is one to go back to: then it is saved."""
+    def hear(self, found: Mapping[str, float], best: bool | None) -> None:
+        """What a validation found, and whether this moment is the one to draw with, None = nobody knows: if nothing is
+        wrong it is one to go back to, and is saved."""
         chart, nimg = self.chart, self.patient.state.nimg
         told = {
             key.partition("/")[2]: value for key, value in found.items() if key.startswith(("validation/", "quality/"))
         }
         chart.heard |= {f"held_out/{k}": value for k, value in told.items() if "[" not in k and math.isfinite(value)}
         healthy = chart.rows and not diagnose(History(chart.rows, self.patient.total_nimg))
-        if self.acting and healthy and chart.keep(Haven(nimg, criterion)):
+        if self.acting and healthy and best is not False and chart.keep(Haven(nimg, bool(best))):
             self.patient.save()
 
     def write_down(self) -> None:
