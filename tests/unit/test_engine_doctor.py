@@ -132,6 +132,16 @@ def test_nothing_to_look_at_is_no_illness() -> None:
     assert not names([]) and not names([{"nimg": 1000}])
 
 
+def test_a_critic_that_knows_no_picture_by_heart_in_one_look_knows_none() -> None:
+    """On average it does: probes of a few dozen pictures are noisy."""
+    rows = healthy(32)
+    for row, held_out in zip([row for row in rows if "probe/train" in row][-3:], (-0.9, -0.9, 0.9), strict=True):
+        row |= {"probe/train": 0.5, "probe/held_out": held_out}
+    assert not names(rows)
+    [row for row in rows if "probe/train" in row][-1]["probe/held_out"] = 0.4
+    assert names(rows) == {"discriminator overfitting"}
+
+
 def test_one_bad_look_is_not_yet_a_collapse() -> None:
     rows = healthy(32)
     rows[-1]["drawn/diversity"] = 0.1
@@ -449,6 +459,15 @@ def trainer(
     recipe = Recipe.model_validate({"family": Config(), "optim": optim, "train": settings})
     run = run or Run.create(folder / f"{doctor}-{len(list(folder.iterdir()))}", write_toml(recipe), {})
     return kind(recipe, family or Game(), Unlabelled(), Unlabelled(96, seed=1), run, Silent())
+
+
+def test_what_was_not_seen_yet_is_not_known_by_heart(tmp_path: Path) -> None:
+    made = trainer(tmp_path, "watch", kind=Trainer)
+    made.train_source = made.loader.source = Unlabelled(20_000)
+    made.fit()
+    probed = [row["nimg"] for row in made.state.doctor.rows if "probe/held_out" in row]
+    looked = [row["nimg"] for row in made.state.doctor.rows if "drawn/diversity" in row]
+    assert probed and probed == [nimg for nimg in looked if nimg >= 20_000] and looked[0] < 20_000
 
 
 def tensors(made: Trainer) -> dict[str, torch.Tensor]:

@@ -138,12 +138,12 @@ def mode_drop(history: History) -> Evidence | None:
 
 
 def overfitting(history: History) -> Evidence | None:
-    """(E D(train) - E D(held out)) / (E D(train) - E D(fake)) above 0.3 over the last looks."""
+    """(E D(train) - E D(held out)) / (E D(train) - E D(fake)) above 0.3 over the last looks, above 0 in each."""
     sides = [history.last(f"probe/{side}", 3) for side in ("train", "held_out", "fake")]
     if any(side is None for side in sides):
         return None
     train, held_out, fake = (fmean(side) for side in sides if side is not None)
-    if train - fake < 0.1:
+    if train - fake < 0.1 or any(one <= other for one, other in zip(*sides[:2], strict=True)):
         return None
     share = (train - held_out) / (train - fake)
     return {"share": share} if share > 0.3 else None

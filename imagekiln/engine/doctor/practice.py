@@ -153,7 +153,8 @@ class Doctor:
                 images = draw(twin, [mix(seed, index) for index in range(count)], wanted, batch=count)
             found = {f"drawn/{key}": value for key, value in self._real.look_at(images, labels).items()}
             found["drawn/missing"] = self._missing(images)
-        if critics:
+        # What was never seen cannot be known by heart, and a probe of a few dozen pictures is noisy.
+        if critics and self.patient.state.nimg >= len(self.patient.train_source):
             found |= self._probed(twin, critics[0], number, count)
         return found
 
