@@ -202,17 +202,17 @@ class Trainer:
             return
         # A checkpoint from within the bad stretch holds the weights that led there.
         before_nimg = min(self.state.skipped_nimg) - self.images_per_step
-        rollbacks, lr_scale = self.state.rollbacks + 1, self.state.lr_scale / 2
-        if rollbacks > MAX_ROLLBACKS:
+        self.state.rollbacks, self.state.lr_scale = self.state.rollbacks + 1, self.state.lr_scale / 2
+        if self.state.rollbacks > MAX_ROLLBACKS:
             checkpoint.forget_after(self.run.checkpoints, before_nimg)
             self._status("diverged")
             raise Diverged(
-                f"The training left the finite numbers {rollbacks} times, at last after {nimg} images. "
+                f"The training left the finite numbers {self.state.rollbacks} times, at last after {nimg} images. "
                 "Lower optim.*.lr, set train.precision = 'fp32', or look at the pictures; "
                 "the last good checkpoint is kept."
             )
         self.go_back(before_nimg)
-        self.state = dataclasses.replace(self.state, rollbacks=rollbacks, lr_scale=lr_scale, skipped_nimg=[])
+        self.state.skipped_nimg = []
         self.save()
         self._notice("rollback", f"Back to the checkpoint of {self.state.nimg} images, learning rate halved.")
 
