@@ -204,7 +204,8 @@ def _shown_league(record: Mapping[str, Any]) -> str:
         rows.append((means["frechet"], (f"`{family}`", *map(_number, about), *map(_number, means.values()), *last)))
     head = ("family", "million", "minutes", "kimg", "images/s", *LEAGUE.values(), "end / best", "seeds")
     origin = f"`{record['command']}`, {record['date'][:10]}, {_hardware(record.get('hardware'))}."
-    return f"{table(head, [cells for _, cells in sorted(rows)])}\n\n{origin} {' '.join(record['notes'])}"
+    title = f"**{record['name']}**: {record['facts']['data']}"
+    return f"{title}\n\n{table(head, [cells for _, cells in sorted(rows)])}\n\n{origin} {' '.join(record['notes'])}"
 
 
 def _million(run: Mapping[str, Any]) -> float:
